@@ -1,0 +1,168 @@
+"""A method is data: which images, which losses, which schedule. Presets are instances of it.
+
+Every method runs through the same steps and the same loop; a preset differs from another only
+in the values below. Sources are given per field; `[open]` marks a choice of ours where nothing
+is published.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+IMAGE_SOURCES = ("generator", "noise")
+STUDENT_LOSSES = ("dkd", "kd")
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("step", "cosine", "constant")
+CENTERS = ("running_mean", "classifier")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """All constants of a zero-shot method. Defaults: LRQ (arXiv 2211.06816), CIFAR column.
+
+    Raises:
+      ValueError: an impossible value, by name.
+    """
+
+    # --- images ---
+    images: str = "generator"  # the student trains on: generator (live) | noise (optimised pool)
+    conditioning: str = "embedding"  # generator's class input: embedding (32 px) | batch_norm (224)
+    attention: str = "after_block1"  # long-range attention: none | before_/after_/replace_block1
+    latent_dim: int = 100  # length of the noise vector
+    generator_width: int = 128  # channels of the generator's first block
+    batch_size: int = 200  # images a step, all devices together
+    # --- schedule, in steps ---
+    steps: int = 80_000  # student steps after the warm-up; 0: calibrate ranges and report
+    warmup_steps: int = 800  # generator alone
+    calibration_start: int = 0  # activation ranges are updated from this step of the warm-up ...
+    calibration_steps: int = 800  # ... for this many steps, then frozen
+    # --- generator (synthesis) loss ---
+    class_weight: float = 1.0  # cross-entropy of the teacher on its own synthetic images
+    bns_weight: float = 0.1  # batch-norm statistics, with a generator
+    ama_weight: float = 1.0  # adversarial margin add: weight of both hinges [open]
+    ama_margin: float = 0.5  # radians
+    ama_lower: float = 0.3  # hinge on 1 - phi; R18 value, IntraQ's CIFAR .05 would never fire
+    ama_upper: float = 0.8  # hinge on 1 - phi
+    ama_center: str = "running_mean"  # running_mean of synthetic features | classifier row [open]
+    # --- student loss ---
+    student_loss: str = "dkd"  # dkd | kd
+    ce_weight: float = 1.0  # cross-entropy of the student on the generator's labels
+    distill_weight: float = 1.0  # weight of kd; of dkd's target part (alpha)
+    dkd_beta: float = 8.0  # weight of dkd's non-target part
+    temperature: float = 1.0  # T of either distillation
+    kd_reduction: str = "batch_mean"  # batch_mean | element_mean (GDFQ's code)
+    # --- optimisers ---
+    student_optimizer: str = "sgd"  # sgd (nesterov) | adam
+    student_learning_rate: float = 1e-4
+    student_schedule: str = "step"  # step (x 0.1 at milestones) | cosine (to 0) | constant
+    student_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)  # steps
+    student_momentum: float = 0.9
+    student_weight_decay: float = 1e-4
+    generator_learning_rate: float = 1e-3  # Adam
+    generator_beta1: float = 0.5  # Adam; beta2 is 0.999
+    generator_schedule: str = "step"
+    generator_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)
+    gradient_clip: float = 10.0  # largest global norm of either gradient; the lineage has none
+    # --- noise images (images = noise) ---
+    noise_batches: int = 20  # batches in the pool (released: 4 groups x 5)
+    noise_batch_size: int = 256  # images a batch
+    noise_iterations: int = 1000  # optimisation steps a batch
+    noise_learning_rate: float = 0.5  # Adam
+    noise_plateau_patience: int = 50  # iterations without improvement before x 0.1 ...
+    noise_smallest_rate: float = 1e-4  # ... down to this learning rate
+    noise_bns_weight: float = 1.0
+    noise_lowest_target: float = 0.5  # class probability targets: 1 or U(this, 1) [open]
+    noise_augment_probability: float = 0.5  # an iteration augments the batch with this probability
+    augment: bool = False  # random resized crop and flip of the student's images
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("images", IMAGE_SOURCES),
+            ("student_loss", STUDENT_LOSSES),
+            ("student_optimizer", OPTIMIZERS),
+            ("student_schedule", SCHEDULES),
+            ("generator_schedule", SCHEDULES),
+            ("ama_center", CENTERS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"method.{name}: found {getattr(self, name)!r}, expected one of {allowed}"
+                )
+        for name in ("batch_size", "calibration_steps", "latent_dim", "generator_width",
+                     "noise_batches", "noise_batch_size", "noise_iterations"):  # fmt: skip
+            self._check(name, minimum=1)
+        for name in ("steps", "warmup_steps", "calibration_start", "class_weight", "bns_weight",
+                     "ama_weight", "ce_weight", "distill_weight", "dkd_beta"):  # fmt: skip
+            self._check(name, minimum=0)
+        for name in ("temperature", "gradient_clip", "student_learning_rate",
+                     "generator_learning_rate", "noise_learning_rate"):  # fmt: skip
+            self._check(name, minimum=1e-12)
+        if self.calibration_start + self.calibration_steps > self.warmup_steps:
+            raise ValueError(
+                f"method: found calibration until step {self.calibration_start} + "
+                f"{self.calibration_steps} of a warm-up of {self.warmup_steps} steps, expected it "
+                "to end within the warm-up; lower calibration_steps or raise warmup_steps"
+            )
+
+    def _check(self, name: str, *, minimum: float) -> None:
+        if not getattr(self, name) >= minimum:  # also refuses NaN
+            raise ValueError(
+                f"method.{name}: found {getattr(self, name)}, expected at least {minimum}"
+            )
+
+
+def lrq(*, large_images: bool) -> Method:
+    """LRQ as the paper describes it: generator and student trained in turn."""
+    if not large_images:
+        return Method()
+    return Method(
+        conditioning="batch_norm",
+        batch_size=16,
+        warmup_steps=10_000,
+        student_learning_rate=1e-6,
+    )
+
+
+def lrq_released(*, large_images: bool) -> Method:
+    """LRQ as its code runs: the generator only sets ranges, the student trains on noise images."""
+    return dataclasses.replace(
+        lrq(large_images=large_images),
+        images="noise",
+        batch_size=16 if large_images else 256,
+        warmup_steps=800,
+        steps=30_200,
+        student_milestones=(20_000, 70_000) if large_images else (4_000, 8_000, 12_000),
+        attention="after_block1" if large_images else "none",
+        augment=True,
+    )
+
+
+def gdfq(*, large_images: bool) -> Method:
+    """GDFQ (arXiv 2003.03603), LRQ's base: no attention, no margin, plain distillation."""
+    return dataclasses.replace(
+        lrq(large_images=large_images),
+        attention="none",
+        ama_weight=0.0,
+        student_loss="kd",
+        temperature=20.0,
+        kd_reduction="element_mean",
+    )
+
+
+PRESETS: dict[str, Callable[..., Method]] = {"lrq": lrq, "lrq_released": lrq_released, "gdfq": gdfq}
+"""Preset name -> Method, by image size class."""
+
+LARGE_IMAGE = 64
+"""Images with a longer side above this, in pixels, take a preset's ImageNet column."""
+
+
+def preset(name: str, *, image_size: int) -> Method:
+    """The published constants of a method for images of this many pixels a side.
+
+    Raises:
+      ValueError: an unknown name, with the known ones.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"method.preset: found {name!r}, expected one of {sorted(PRESETS)}")
+    return PRESETS[name](large_images=image_size > LARGE_IMAGE)

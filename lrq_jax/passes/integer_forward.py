@@ -1,0 +1,277 @@
+"""The integer network: the arithmetic ONNX Runtime, LiteRT and we execute alike.
+
+Codes are integers held in float32: every product and sum below is exact there (or cut into
+pieces that are), so CPU, GPU and TPU give the same codes. The one function `execute` serves
+training (gradients pass straight through every rounding), calibration and evaluation of frozen
+codes; `docs` of each operation state the formula it must equal.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lrq_jax.graph import INPUT
+from lrq_jax.graph import layers as L
+from lrq_jax.ops.convolution import integer_conv2d, integer_dense
+from lrq_jax.ops.straight_through import straight_through
+from lrq_jax.passes.float_forward import apply_layer, window_counts, window_sums
+from lrq_jax.passes.plan import Operation
+from lrq_jax.quantizers.affine import AffineParameters, dequantize, quantize, top_code
+
+
+class QuantizedTensor(NamedTuple):
+    """Codes `[B, ...]` (integers in float32), their meaning, and their bits (static)."""
+
+    codes: jax.Array
+    parameters: AffineParameters
+    bits: int
+
+    @property
+    def centred(self) -> jax.Array:
+        """Codes minus zero point: the integers that multiply weights."""
+        return self.codes - self.parameters.zero_point
+
+    @property
+    def scale(self) -> jax.Array:
+        """Real units per code."""
+        return self.parameters.scale
+
+
+class QuantizedWeights(NamedTuple):
+    """Weight codes, per output channel `zero_point` and `scale` (batch norm folded in), and the
+    bias in units of input scale times weight scale; codes and bias are integers in float32."""
+
+    codes: jax.Array
+    zero_point: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+
+
+class Source(NamedTuple):
+    """Where `execute` takes its numbers from.
+
+    Attributes:
+      weights: (operation, scale of its input) -> QuantizedWeights.
+      tensor: (name, bits, thunk of the tensor's unquantized real values) -> AffineParameters.
+    """
+
+    weights: Callable[[Operation, jax.Array], QuantizedWeights]
+    tensor: Callable[[str, int, Callable[[], jax.Array]], AffineParameters]
+
+
+def integer_forward(operations: tuple[Operation, ...], frozen: dict[str, Any], images: jax.Array,
+                    outputs: Iterable[str], *, input_bits: int) -> dict[str, jax.Array]:  # fmt: skip
+    """Real values of the named tensors of a frozen integer network.
+
+    Args:
+      operations: of `plan_quantization`.
+      frozen: of `freeze`: `{"weights": {layer: QuantizedWeights}, "tensors": {tensor:
+        AffineParameters}}`.
+      images: `[B, H, W, C]` in the network's normalised input space.
+      outputs: tensors that operations make; the last operation's are float logits.
+      input_bits: bits of the image's codes.
+    """
+    source = Source(
+        weights=lambda operation, _: frozen["weights"][operation.layer.name],
+        tensor=lambda name, bits, real: frozen["tensors"][name],
+    )
+    return execute(operations, source, images, outputs, input_bits=input_bits)
+
+
+def execute(operations: tuple[Operation, ...], source: Source, images: jax.Array,
+            outputs: Iterable[str], *, input_bits: int, clip_mask: bool = False) -> dict[str, jax.Array]:  # fmt: skip
+    """Runs the operations; see `integer_forward` for the arguments, `Source` for the numbers.
+
+    `clip_mask` stops the gradient of saturated activations.
+    """
+    outputs = tuple(outputs)
+    image_parameters = source.tensor(INPUT, input_bits, lambda: images)
+    image_codes = quantize(images, image_parameters, input_bits)
+    values: dict[str, Any] = {INPUT: QuantizedTensor(image_codes, image_parameters, input_bits)}
+    for operation in operations:
+        inputs = [values[name] for name in operation.inputs]
+        run = _run_weighted if operation.has_weights else _run
+        values[operation.output] = run(operation.layer, operation, source, clip_mask, *inputs)
+    missing = [name for name in outputs if name not in values]
+    if missing:
+        raise ValueError(
+            f"found no tensor {missing} in the integer network, expected some of {list(values)} "
+            "(batch norms and ReLUs run inside the convolution before them)"
+        )
+    return {
+        name: dequantize(value.codes, value.parameters)
+        if isinstance(value := values[name], QuantizedTensor)
+        else value
+        for name in outputs
+    }
+
+
+def _activate(operation: Operation, real: jax.Array) -> jax.Array:
+    """The operation's own activation, in real units."""
+    return real if operation.activation is None else apply_layer(operation.activation, {}, real)
+
+
+def _requantize(operation: Operation, source: Source, clip_mask: bool, scaled: Callable,
+                real: Callable[[], jax.Array]) -> QuantizedTensor:  # fmt: skip
+    """`clip(rint(clip(v, -z, 255 - z)) + z, 0, 2^k - 1)` with `v = scaled(s_y)`.
+
+    ReLU needs no arithmetic of its own: its zero point is 0, where codes saturate. Its
+    gradient does: the surrogate is masked as the float activation's.
+
+    Args:
+      scaled: output scale -> value in units of it.
+      real: thunk of the value in real units, before the activation.
+    """
+    bits = operation.output_bits
+    parameters = source.tensor(operation.output, bits, lambda: _activate(operation, real()))
+    value, zero_point = scaled(parameters.scale), parameters.zero_point
+    inner = jnp.rint(jnp.clip(value, -zero_point, 255 - zero_point)) + zero_point
+    exact = jnp.clip(inner, 0, top_code(bits))
+    return QuantizedTensor(
+        straight_through(exact, _surrogate(operation, value, parameters, clip_mask)),
+        parameters,
+        bits,
+    )
+
+
+def _surrogate(operation: Operation, value: jax.Array, parameters: AffineParameters,
+               clip_mask: bool) -> jax.Array:  # fmt: skip
+    """What the gradient sees of a requantized value, in codes."""
+    scale, zero_point = parameters
+    if operation.activation is not None:
+        value = jax.nn.relu(value)
+        if operation.activation.kind == "relu6":
+            value = jnp.minimum(value, 6.0 / scale)
+    if clip_mask:
+        value = jnp.clip(value, -zero_point, top_code(operation.output_bits) - zero_point)
+    return value + zero_point
+
+
+def _run_weighted(layer: L.Layer, operation: Operation, source: Source, clip_mask: bool,
+                  x: QuantizedTensor) -> QuantizedTensor | jax.Array:  # fmt: skip
+    """`acc = sum((q_x - z_x)(q_w - z_w)) + bias`, exact; then `M = s_x*s_w/s_y`, requantized;
+    or float logits `acc * (s_x*s_w)`."""
+    weights = source.weights(operation, x.scale)
+    kernel = weights.codes - weights.zero_point
+    largest = top_code(x.bits) * top_code(operation.weight_bits or 1)
+    if isinstance(layer, L.Conv):
+        accumulator = integer_conv2d(
+            x.centred, kernel, weights.bias, largest_product=largest, groups=layer.groups,
+            strides=layer.strides, padding=layer.padding, dilation=layer.dilation,
+        )  # fmt: skip
+    elif isinstance(layer, L.Dense):
+        accumulator = integer_dense(x.centred, kernel, weights.bias, largest_product=largest)
+    else:
+        accumulator = x.centred * kernel + weights.bias
+    units = x.scale * weights.scale
+    if operation.output_bits is None:
+        return _activate(operation, accumulator * units)
+    return _requantize(
+        operation,
+        source,
+        clip_mask,
+        lambda scale: accumulator * (units / scale),
+        lambda: accumulator * units,
+    )
+
+
+@functools.singledispatch
+def _run(layer: L.Layer, operation: Operation, source: Source, clip_mask: bool,
+         *inputs: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
+    raise NotImplementedError(f"no integer arithmetic for layer type {type(layer).__name__}")
+
+
+@_run.register(L.MaxPool)
+@_run.register(L.Pad)
+@_run.register(L.Slice)
+@_run.register(L.Flatten)
+def _keep_codes(layer: L.Layer, operation: Operation, source: Source, clip_mask: bool,
+                x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
+    codes = apply_layer(layer, {}, x.centred) + x.parameters.zero_point
+    return QuantizedTensor(codes, x.parameters, x.bits)
+
+
+def fused_multiply_add(code: jax.Array, factor: jax.Array, addend: jax.Array) -> jax.Array:
+    """`code*factor + addend` in float32 with one rounding, for integers |code| <= 256.
+
+    The product is split so that both halves are exact and the addition's rounding error is
+    added back, so the value does not depend on whether a compiler contracts to fma.
+    """
+    bits = lax.bitcast_convert_type(factor, jnp.uint32) & jnp.uint32(0xFFFFFF00)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    product, rest = code * high, code * (factor - high)
+    total = product + addend
+    tail = total - product
+    error = (product - (total - tail)) + (addend - tail)
+    return total + (error + rest)
+
+
+@_run.register
+def _add(layer: L.Add, operation: Operation, source: Source, clip_mask: bool, a: QuantizedTensor,
+         b: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
+    """`clip(rint(fma(a, s_a/s_c, fma(b, s_b/s_c, off))))`, `off = z_c - fma(s_a/s_c, z_a,
+    s_b/s_c * z_b)`: ONNX Runtime's order, in which 4e-6 of outputs depend on the fma."""
+    bits = operation.output_bits
+    parameters = source.tensor(
+        operation.output,
+        bits,
+        lambda: _activate(operation, a.centred * a.scale + b.centred * b.scale),
+    )
+    ratio_a, ratio_b = a.scale / parameters.scale, b.scale / parameters.scale
+    offset = parameters.zero_point - fused_multiply_add(
+        a.parameters.zero_point, ratio_a, ratio_b * b.parameters.zero_point
+    )
+    exact = fused_multiply_add(a.codes, ratio_a, fused_multiply_add(b.codes, ratio_b, offset))
+    exact = jnp.clip(jnp.rint(exact), 0, top_code(bits))
+    value = a.centred * ratio_a + b.centred * ratio_b
+    codes = straight_through(exact, _surrogate(operation, value, parameters, clip_mask))
+    return QuantizedTensor(codes, parameters, bits)
+
+
+@_run.register
+def _global_pool(layer: L.GlobalPool, operation: Operation, source: Source, clip_mask: bool,
+                 x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
+    """`v = sum(q_x - z_x) * (s_x / (s_y * H*W))`, ONNX Runtime's QLinearGlobalAveragePool."""
+    count = float(x.codes.shape[1] * x.codes.shape[2])
+    return _mean(operation, source, clip_mask, x, jnp.sum(x.centred, axis=(1, 2)), count)
+
+
+@_run.register
+def _avg_pool(layer: L.AvgPool, operation: Operation, source: Source, clip_mask: bool,
+              x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
+    """As the global pool, over each window."""
+    count = window_counts(layer, x.codes.shape[1:])
+    return _mean(operation, source, clip_mask, x, window_sums(layer, x.centred), count)
+
+
+def _mean(operation: Operation, source: Source, clip_mask: bool, x: QuantizedTensor,
+          total: jax.Array, count: jax.Array | float) -> QuantizedTensor:  # fmt: skip
+    return _requantize(
+        operation,
+        source,
+        clip_mask,
+        lambda scale: total * (x.scale / (scale * count)),
+        lambda: total * (x.scale / count),
+    )
+
+
+@_run.register
+def _activation(layer: L.Activation, operation: Operation, source: Source, clip_mask: bool,
+                x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
+    """An activation on its own: a table over the input's codes."""
+    real = apply_layer(layer, {}, dequantize(x.codes, x.parameters))
+    return _requantize(operation, source, clip_mask, lambda scale: real / scale, lambda: real)
+
+
+@_run.register
+def _concat(layer: L.Concat, operation: Operation, source: Source, clip_mask: bool,
+            *inputs: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
+    """Every input brought to the output's scale."""
+    real = jnp.concatenate([dequantize(x.codes, x.parameters) for x in inputs], axis=-1)
+    return _requantize(operation, source, clip_mask, lambda scale: real / scale, lambda: real)

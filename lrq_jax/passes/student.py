@@ -1,0 +1,257 @@
+"""The student: a network whose forward is quantized, in one of two placements.
+
+`integer` executes the arithmetic that ships (`passes.integer_forward`); `paper` fake-quantizes
+weights and ReLU outputs and computes the rest in floating point, as LRQ's line of work does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrq_jax.graph import INPUT, Graph
+from lrq_jax.graph import layers as L
+from lrq_jax.passes.float_forward import Variables, batch_norm_affine, float_forward
+from lrq_jax.passes.integer_forward import (
+    QuantizedWeights,
+    Source,
+    execute,
+    integer_forward,
+)
+from lrq_jax.passes.plan import (
+    Operation,
+    QuantSpec,
+    fixed_tensors,
+    plan_quantization,
+    tracked_tensors,
+)
+from lrq_jax.quantizers.affine import (
+    AffineParameters,
+    affine_parameters,
+    bias_codes,
+    lineage_fake_quant,
+    quantize,
+    top_code,
+)
+from lrq_jax.quantizers.ranges import OBSERVERS, initial_ranges, track
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Student:
+    """Everything static about a student.
+
+    Attributes:
+      graph: the teacher's network.
+      spec: how it is quantized.
+      input_range: (low, high) of normalised images: known from the normalisation of [0, 1]
+        pixels, so it needs no data. Only the `integer` placement quantizes the image.
+    """
+
+    graph: Graph
+    spec: QuantSpec
+    input_range: tuple[float, float]
+
+    @functools.cached_property
+    def operations(self) -> tuple[Operation, ...]:
+        """What an integer runtime executes, in order."""
+        return plan_quantization(self.graph, self.spec)
+
+    @property
+    def is_integer(self) -> bool:
+        """True in the `integer` placement."""
+        return self.spec.placement == "integer"
+
+    def initial_variables(self, teacher_variables: Variables) -> Variables:
+        """The teacher's variables plus the `quant` collection with ranges not yet seen."""
+        fixed = dict.fromkeys(fixed_tensors(self.spec), self.input_range)
+        tracked = tracked_tensors(self.graph, self.spec)
+        return {
+            "params": teacher_variables["params"],
+            "batch_stats": teacher_variables["batch_stats"],
+            "quant": initial_ranges(tracked, fixed),
+        }
+
+
+def student_forward(student: Student, variables: Variables, images: jax.Array,
+                    outputs: Iterable[str]) -> dict[str, jax.Array]:  # fmt: skip
+    """Real values of the named tensors, with straight-through gradients.
+
+    Args:
+      student: static description.
+      variables: `params`, `batch_stats` (frozen running statistics), `quant` (ranges).
+      images: `[B, H, W, C]` in the teacher's normalised input space.
+      outputs: names of tensors; in the `integer` placement those its operations make.
+
+    Returns:
+      `{name: [B, ...]}`; the logits are float32 under `student.graph.output`.
+    """
+    if student.is_integer:
+        return execute(
+            student.operations,
+            _training_source(student, variables),
+            images,
+            outputs,
+            input_bits=student.spec.boundary_bits,
+            clip_mask=student.spec.clip_mask,
+        )
+    return _paper_forward(student, variables, images, outputs, _ranges_of(variables))
+
+
+def calibrate(student: Student, variables: Variables, images: jax.Array) -> tuple[jax.Array, Variables]:  # fmt: skip
+    """One forward that also updates the activation ranges, each before it is used.
+
+    Returns:
+      Logits `[B, num_classes]` and the variables with the updated `quant` collection.
+    """
+    quant = variables["quant"]
+    observe = OBSERVERS[student.spec.act_observer]
+    ranges = dict(quant["activations"])
+
+    def update(name: str, values: jax.Array) -> dict[str, jax.Array]:
+        observed = observe(jax.lax.stop_gradient(values), tuple(range(values.ndim)))
+        ranges[name] = track(ranges[name], observed, quant["updates"], student.spec.range_decay)
+        return ranges[name]
+
+    output = student.graph.output
+    if student.is_integer:
+
+        def tensor(name: str, bits: int, real: Any) -> AffineParameters:
+            return _parameters(ranges[name] if name == INPUT else update(name, real()), bits)
+
+        source = Source(
+            weights=lambda op, scale: quantize_weights(op, variables, student.spec, scale),
+            tensor=tensor,
+        )
+        logits = execute(student.operations, source, images, (output,),
+                         input_bits=student.spec.boundary_bits)[output]  # fmt: skip
+    else:
+        logits = _paper_forward(student, variables, images, (output,), update)[output]
+    new_quant = {**quant, "activations": ranges, "updates": quant["updates"] + 1}
+    return logits, {**variables, "quant": new_quant}
+
+
+def quantize_weights(operation: Operation, variables: Variables, spec: QuantSpec,
+                     input_scale: jax.Array) -> QuantizedWeights:  # fmt: skip
+    """Codes of a layer's weights with the batch norm behind it folded into scale and bias.
+
+    The integers are those of the unfolded weight: `s_w' = s_w*|gain|`,
+    `b' = offset + bias*gain`; where the gain is negative the code book is reflected
+    (`q' = 2^k-1-q`, `z' = 2^k-1-z`); where it is 0, `q = z` and `s = 1`.
+    """
+    layer, batch_norm, params = operation.layer, operation.batch_norm, variables["params"]
+    if isinstance(layer, L.BatchNorm):  # on its own: one exact tap per channel
+        batch_norm, bits = layer, 1
+        channels = variables["batch_stats"][layer.name]["mean"].shape
+        codes, zero_point = jnp.ones(channels), jnp.zeros(channels)
+        scale, bias = jnp.ones(channels), jnp.zeros(channels)
+    else:
+        bits = operation.weight_bits
+        kernel = params[layer.name]["kernel"]
+        observed = OBSERVERS[spec.weight_observer](kernel, tuple(range(kernel.ndim - 1)))
+        parameters = affine_parameters(**jax.lax.stop_gradient(observed), bits=bits)
+        codes = quantize(kernel, parameters, bits)
+        scale, zero_point = parameters
+        bias = params[layer.name]["bias"] if layer.use_bias else jnp.zeros(scale.shape)
+    if batch_norm is not None:
+        gain, offset = batch_norm_affine(
+            batch_norm,
+            {**params.get(batch_norm.name, {}), **variables["batch_stats"][batch_norm.name]},
+        )
+        negative, dead = gain < 0, gain == 0
+        codes = jnp.where(negative, top_code(bits) - codes, codes)
+        zero_point = jnp.where(negative, top_code(bits) - zero_point, zero_point)
+        codes = jnp.where(dead, zero_point, codes)
+        scale = jnp.where(dead, 1.0, scale * jnp.abs(gain))
+        bias = bias * gain + offset
+    return QuantizedWeights(codes, zero_point, scale, bias_codes(bias, input_scale * scale))
+
+
+def freeze(student: Student, variables: Variables) -> dict[str, Any]:
+    """The integer network: codes, scales, zero points and biases, all there is at inference.
+
+    Evaluation and export use this very tree, so what is measured is what ships.
+
+    Returns:
+      `{"weights": {layer: QuantizedWeights}, "tensors": {tensor: AffineParameters}}`.
+
+    Raises:
+      ValueError: the student is not of the `integer` placement.
+    """
+    if not student.is_integer:
+        raise ValueError(
+            f"found placement {student.spec.placement!r}, expected 'integer': only it is an "
+            "integer network; set student.placement='integer'"
+        )
+    tensors = _frozen_tensors(student, variables)
+    scales = {name: parameters.scale for name, parameters in tensors.items()}
+    weights = {}
+    for operation in student.operations:
+        input_scale = scales[operation.inputs[0]]
+        if operation.has_weights:
+            weights[operation.layer.name] = quantize_weights(
+                operation, variables, student.spec, input_scale
+            )
+        scales.setdefault(operation.output, input_scale)  # layers that keep their codes
+    return {"weights": weights, "tensors": tensors}
+
+
+def frozen_logits(student: Student, frozen: dict[str, Any], images: jax.Array) -> jax.Array:
+    """Logits `[B, num_classes]` of a frozen integer network."""
+    output = student.graph.output
+    return integer_forward(student.operations, frozen, images, (output,),
+                           input_bits=student.spec.boundary_bits)[output]  # fmt: skip
+
+
+def _parameters(limits: dict[str, jax.Array], bits: int) -> AffineParameters:
+    return affine_parameters(limits["low"], limits["high"], bits)
+
+
+def _frozen_tensors(student: Student, variables: Variables) -> dict[str, AffineParameters]:
+    ranges = variables["quant"]["activations"]
+    bits = {op.output: op.output_bits for op in student.operations if op.output_bits}
+    bits[INPUT] = student.spec.boundary_bits
+    return {name: _parameters(ranges[name], bits[name]) for name in bits}
+
+
+def _training_source(student: Student, variables: Variables) -> Source:
+    tensors = _frozen_tensors(student, variables)
+    return Source(
+        weights=lambda op, scale: quantize_weights(op, variables, student.spec, scale),
+        tensor=lambda name, bits, real: tensors[name],
+    )
+
+
+def _ranges_of(variables: Variables) -> Any:
+    return lambda name, values: variables["quant"]["activations"][name]
+
+
+def _paper_forward(student: Student, variables: Variables, images: jax.Array,
+                   outputs: Iterable[str], range_of: Any) -> dict[str, jax.Array]:  # fmt: skip
+    """Float forward with fake-quantized kernels and activations (the lineage's placement)."""
+    spec = student.spec
+    weight_bits = {op.layer.name: op.weight_bits for op in student.operations}
+    act_bits = {op.output: op.output_bits for op in student.operations}
+    observe = OBSERVERS[spec.weight_observer]
+
+    def kernel_transform(layer: L.Layer, kernel: jax.Array) -> jax.Array:
+        limits = jax.lax.stop_gradient(observe(kernel, tuple(range(kernel.ndim - 1))))
+        return lineage_fake_quant(kernel, limits["low"], limits["high"], weight_bits[layer.name])
+
+    def activation_transform(layer: L.Layer, values: jax.Array) -> jax.Array:
+        limits = range_of(layer.name, values)
+        return lineage_fake_quant(values, limits["low"], limits["high"], act_bits[layer.name],
+                                  clip_mask=spec.clip_mask)  # fmt: skip
+
+    return float_forward(
+        student.graph,
+        variables,
+        images,
+        outputs,
+        kernel_transform=kernel_transform,
+        activation_transform=activation_transform,
+    )

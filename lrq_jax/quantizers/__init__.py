@@ -1,0 +1,1 @@
+"""Affine quantization: codes, scales, zero points; and the observers that find ranges."""

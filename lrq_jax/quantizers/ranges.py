@@ -1,0 +1,58 @@
+"""Where quantization ranges come from: observers of one tensor, and their running average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Range = dict[str, jax.Array]
+"""`{"low": ..., "high": ...}`, scalars for activations, `[C]` for weights."""
+
+Observer = Callable[[jax.Array, tuple[int, ...]], Range]
+
+
+def min_max(x: jax.Array, axes: tuple[int, ...]) -> Range:
+    """Smallest and largest value over `axes`."""
+    return {"low": jnp.min(x, axes), "high": jnp.max(x, axes)}
+
+
+def percentile(x: jax.Array, axes: tuple[int, ...], *, tail: float = 1e-3) -> Range:
+    """Range that leaves a fraction `tail` of the values outside at each end."""
+    return {"low": jnp.quantile(x, tail, axes), "high": jnp.quantile(x, 1 - tail, axes)}
+
+
+OBSERVERS: dict[str, Observer] = {"min_max": min_max, "percentile": percentile}
+"""Observers by the name a config gives them; add one here to plug it in."""
+
+
+def initial_ranges(tensors: tuple[str, ...], fixed: dict[str, tuple[float, float]]) -> dict[str, Any]:  # fmt: skip
+    """State of the range tracker: `{"activations": {tensor: Range}, "updates": int32}`.
+
+    Args:
+      tensors: names of the tensors to track.
+      fixed: ranges known beforehand (the input image's), not tracked.
+    """
+    known = {name: fixed.get(name, (0.0, 0.0)) for name in (*tensors, *fixed)}
+    return {
+        "activations": {
+            name: {"low": jnp.float32(low), "high": jnp.float32(high)}
+            for name, (low, high) in known.items()
+        },
+        "updates": jnp.int32(0),
+    }
+
+
+def track(previous: Range, observed: Range, updates: jax.Array, decay: float) -> Range:
+    """One step of a plain exponential moving average, started from the first batch.
+
+    `new = decay * previous + (1 - decay) * observed`, `new = observed` while `updates == 0`.
+    No bias correction: the lineage corrects an already corrected state and overshoots.
+    """
+    return jax.tree.map(
+        lambda old, new: jnp.where(updates == 0, new, decay * old + (1 - decay) * new),
+        previous,
+        observed,
+    )

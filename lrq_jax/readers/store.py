@@ -1,0 +1,273 @@
+"""Where teachers are kept: a directory (orbax arrays + JSON) or one `.safetensors` file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors.numpy
+
+from lrq_jax.data import Preprocessing
+from lrq_jax.graph import Graph, graph_from_dict, graph_to_dict
+from lrq_jax.readers.safetensors_file import read_safetensors_file
+from lrq_jax.readers.teacher import (
+    Teacher,
+    Variables,
+    describe_array,
+    flatten_variables,
+    teacher_hash,
+)
+
+FORMAT_VERSION = 1
+"""Version of the metadata; a reader refuses any other."""
+
+DIGITS = "digits"
+"""Path that stands for the teacher that comes with the package."""
+
+_METADATA_FILE = "teacher.json"
+_VARIABLES = "variables"
+_HEADER_KEY = "lrq_jax"
+_CONVERT = "python scripts/convert_teacher.py --source FILE --arch NAME --out DIR"
+
+# --- metadata ------------------------------------------------------------------------------------
+
+
+def _metadata(teacher: Teacher) -> dict[str, Any]:
+    return {
+        "format": "lrq_jax teacher",
+        "version": FORMAT_VERSION,
+        "arch": teacher.arch,
+        "num_classes": teacher.graph.num_classes,
+        "class_names": teacher.class_names,
+        "preprocessing": dataclasses.asdict(teacher.preprocessing),
+        "source": Path(teacher.source).name,
+        "source_sha256": teacher.source_sha256,
+        "notes": teacher.notes,
+        "teacher_sha256": teacher_hash(teacher),
+        "graph": graph_to_dict(teacher.graph),
+    }
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        metadata = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: found damaged metadata ({error}); {_again()}") from error
+    version = metadata.get("version") if isinstance(metadata, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{where}: found format version {version!r}, expected {FORMAT_VERSION}; {_again()}"
+        )
+    return metadata
+
+
+def _again() -> str:
+    return f"convert the teacher again: {_CONVERT}"
+
+
+def _teacher(metadata: dict[str, Any], read: Callable[[Graph], Variables], where: str) -> Teacher:
+    """The teacher of some metadata and the arrays `read` finds for its graph, hash checked."""
+    try:
+        graph = graph_from_dict(metadata["graph"])
+        names = metadata["class_names"]
+        teacher = Teacher(
+            graph=graph,
+            variables=read(graph),
+            preprocessing=Preprocessing(**metadata["preprocessing"]),
+            arch=metadata["arch"],
+            class_names=None if names is None else tuple(names),
+            source=metadata["source"],
+            source_sha256=metadata["source_sha256"],
+            notes=tuple(metadata["notes"]),
+        )
+        expected = metadata["teacher_sha256"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}: found a damaged teacher ({error!r}); {_again()}") from error
+    found = teacher_hash(teacher)
+    if found != expected:
+        raise ValueError(f"{where}: found hash {found}, expected {expected}: damaged; {_again()}")
+    return teacher
+
+
+# --- directory -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax and absl log each array at information level: errors only, while this lasts."""
+    loggers = [logging.getLogger(name) for name in ("absl", "orbax")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def save_teacher(teacher: Teacher, directory: str | Path, *, overwrite: bool = False) -> None:
+    """Writes a teacher directory: all of it or, on failure, nothing.
+
+    Args:
+      teacher: what to write.
+      directory: made, with its parents; an empty one is used.
+      overwrite: replaces the teacher that is there.
+
+    Raises:
+      FileExistsError: a teacher is there and `overwrite` is false, or something else is there.
+    """
+    directory = Path(directory).resolve()
+    occupied = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+    if occupied and not (directory / _METADATA_FILE).is_file():
+        raise FileExistsError(
+            f"found something other than a teacher at {str(directory)!r}, expected nothing or an "
+            "empty directory: choose another place"
+        )
+    if occupied and not overwrite:
+        raise FileExistsError(
+            f"found a teacher at {str(directory)!r} already: choose another place, or overwrite "
+            "it with --overwrite (overwrite=True)"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the renames stay on one file system.
+    workspace = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        made = workspace / "new"
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(made / _VARIABLES, teacher.variables)
+            checkpointer.wait_until_finished()
+        text = json.dumps(_metadata(teacher), indent=1) + "\n"
+        (made / _METADATA_FILE).write_text(text, encoding="utf-8")
+        old = workspace / "old"
+        if directory.exists():
+            directory.rename(old)
+        try:
+            made.rename(directory)
+        except OSError:
+            if old.exists():  # what was there must not go with the workspace
+                old.rename(directory)
+            raise
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def load_teacher(path: str | Path) -> Teacher:
+    """A teacher from where it is kept; its variables are numpy arrays, on no device yet.
+
+    Args:
+      path: a directory of `save_teacher`, a `.safetensors` file of `save_embedded`, or `digits`
+        for the teacher that comes with the package.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: something else, another format version, or damaged arrays.
+    """
+    if str(path) == DIGITS:
+        return _load_digits()
+    path = Path(path).resolve()
+    if path.is_file() and path.suffix == ".safetensors":
+        return _load_embedded(path)
+    if not path.exists():
+        raise FileNotFoundError(f"found no teacher at {str(path)!r}; make one: {_CONVERT}")
+    if not (path / _METADATA_FILE).is_file():
+        kind = f"a directory without {_METADATA_FILE}" if path.is_dir() else "a file"
+        raise ValueError(
+            f"found {kind} at {str(path)!r}, expected a teacher directory, a .safetensors teacher "
+            f"or {DIGITS!r}; convert a published checkpoint first: {_CONVERT}"
+        )
+    metadata = _parse((path / _METADATA_FILE).read_text(encoding="utf-8"), str(path))
+    return _teacher(metadata, lambda graph: _restore(path / _VARIABLES, graph), str(path))
+
+
+def _restore(path: Path, graph: Graph) -> Variables:
+    """The arrays as numpy; orbax would cast a wrong dtype in silence, so it is checked before."""
+    if not path.is_dir():
+        raise ValueError(f"no arrays at {str(path)!r}")
+    # An explicit sharding: without it orbax asks for the devices the arrays were saved from.
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = {c: layers for c, layers in graph.variable_shapes().items() if layers}
+    abstract = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = checkpointer.metadata(path).item_metadata.tree
+            found = {name: describe_array(leaf) for name, leaf in flatten_variables(stored).items()}
+            expected = {
+                name: describe_array(leaf) for name, leaf in flatten_variables(abstract).items()
+            }
+            if found != expected:
+                wrong = sorted(found.items() ^ expected.items())
+                raise ValueError(f"arrays other than the graph's: {wrong[:6]}")
+            restored = jax.device_get(checkpointer.restore(path, abstract))
+        except Exception as error:  # orbax and tensorstore raise many kinds on damaged files
+            raise ValueError(f"unreadable arrays at {str(path)!r}: {error}") from error
+    return {"params": {}, "batch_stats": {}} | jax.tree.map(np.array, restored)
+
+
+# --- one file ------------------------------------------------------------------------------------
+
+
+def save_embedded(teacher: Teacher, file: str | Path) -> None:
+    """Writes a teacher as one `.safetensors` file, its metadata in the header; the same teacher
+    gives the same bytes. Replaces the file that is there, whole."""
+    file = Path(file).resolve()
+    if file.suffix != ".safetensors":
+        raise ValueError(f"found {file.name!r}, expected a name that ends in .safetensors")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        name: np.ascontiguousarray(a) for name, a in flatten_variables(teacher.variables).items()
+    }
+    data = safetensors.numpy.save(arrays, {_HEADER_KEY: json.dumps(_metadata(teacher))})
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, file)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _load_embedded(path: Path) -> Teacher:
+    arrays, header = read_safetensors_file(path)
+    if _HEADER_KEY not in header:
+        raise ValueError(
+            f"{path}: found a safetensors file without our metadata, expected a teacher; a "
+            f"published checkpoint is converted first: {_CONVERT}"
+        )
+
+    def read(_: Graph) -> Variables:
+        variables: Variables = {"params": {}, "batch_stats": {}}
+        for name, array in arrays.items():
+            collection, layer, variable = name.split("/")
+            variables[collection].setdefault(layer, {})[variable] = array
+        return variables
+
+    return _teacher(_parse(header[_HEADER_KEY], str(path)), read, str(path))
+
+
+def _load_digits() -> Teacher:
+    asset = resources.files("lrq_jax") / "assets" / "digits_teacher.safetensors"
+    if not asset.is_file():
+        raise FileNotFoundError(
+            f"found no {asset.name} in the package, expected it under lrq_jax/assets: install the "
+            f"package again, or name another teacher; make one: {_CONVERT}"
+        )
+    with resources.as_file(asset) as path:
+        return _load_embedded(path)

@@ -1,0 +1,1 @@
+"""Images without data: the conditional generator, and images optimised from noise."""

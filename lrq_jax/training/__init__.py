@@ -1,0 +1,1 @@
+"""States, pure steps, and the host loop that runs them."""

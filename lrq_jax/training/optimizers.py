@@ -1,0 +1,61 @@
+"""Optimisers and learning-rate schedules, by the names a Method gives them."""
+
+from __future__ import annotations
+
+import optax
+
+from lrq_jax.method import Method
+
+
+def learning_rate(name: str, peak: float, milestones: tuple[int, ...], steps: int) -> optax.Schedule:  # fmt: skip
+    """Schedule over optimiser updates: `step` (x 0.1 at milestones), `cosine` to 0, `constant`."""
+    if name == "step":
+        return optax.piecewise_constant_schedule(peak, dict.fromkeys(milestones, 0.1))
+    if name == "cosine":
+        return optax.cosine_decay_schedule(peak, max(steps, 1))
+    return optax.constant_schedule(peak)
+
+
+def student_optimizer(method: Method) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum (the lineage's), or Adam; weight decay and clipping in front."""
+    rate = learning_rate(
+        method.student_schedule,
+        method.student_learning_rate,
+        method.student_milestones,
+        method.steps,
+    )
+    if method.student_optimizer == "sgd":
+        update = optax.sgd(rate, momentum=method.student_momentum, nesterov=True)
+    else:
+        update = optax.adam(rate)
+    return optax.chain(
+        optax.clip_by_global_norm(method.gradient_clip),
+        optax.add_decayed_weights(method.student_weight_decay),
+        update,
+    )
+
+
+def generator_optimizer(method: Method) -> optax.GradientTransformation:
+    """Adam, its schedule counted over warm-up and joint steps together."""
+    rate = learning_rate(
+        method.generator_schedule,
+        method.generator_learning_rate,
+        method.generator_milestones,
+        method.warmup_steps + method.steps,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(method.gradient_clip),
+        optax.adam(rate, b1=method.generator_beta1, b2=0.999),
+    )
+
+
+def noise_optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
+    """Adam with reduce-on-plateau (x 0.1) for images optimised from noise."""
+    return optax.chain(
+        optax.adam(method.noise_learning_rate, b1=method.generator_beta1, b2=0.999),
+        optax.contrib.reduce_on_plateau(
+            factor=0.1,
+            patience=method.noise_plateau_patience,
+            min_scale=method.noise_smallest_rate / method.noise_learning_rate,
+        ),
+    )
