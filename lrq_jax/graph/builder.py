@@ -22,13 +22,17 @@ def _pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _padding(padding: PaddingLike, size: Shape, kernel: Pair, strides: Pair, dilation: Pair) -> Padding:  # fmt: skip
+def _padding(name: str, padding: PaddingLike, size: Shape, kernel: Pair, strides: Pair,
+             dilation: Pair = (1, 1)) -> Padding:  # fmt: skip
     """Explicit padding from an int, a pair, two pairs, 'same' (symmetric, PyTorch's habit of
-    `reach // 2`) or 'tf_same' (TensorFlow's: the output is ceil(size / stride), odd rest after)."""
+    `reach // 2`) or 'tf_same' (TensorFlow's: the output is ceil(size / stride), odd rest after).
+    What is no image gets none: the layer's own checks refuse it by name."""
     reach = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
     if padding == "same":
         padding = (reach[0] // 2, reach[1] // 2)
     elif padding == "tf_same":
+        if len(size) != 3 or min(strides) < 1:
+            return (0, 0), (0, 0)
         totals = [
             max((-(-n // s) - 1) * s + r - n, 0)
             for n, s, r in zip(size[:2], strides, reach, strict=True)
@@ -36,7 +40,9 @@ def _padding(padding: PaddingLike, size: Shape, kernel: Pair, strides: Pair, dil
         height, width = ((total // 2, total - total // 2) for total in totals)
         return height, width
     elif isinstance(padding, str):
-        raise L.GraphError(f"found padding {padding!r}, expected numbers, 'same' or 'tf_same'")
+        raise L.GraphError(
+            f"layer {name!r}: found padding {padding!r}, expected numbers, 'same' or 'tf_same'"
+        )
     height, width = _pair(padding)
     return _pair(height), _pair(width)
 
@@ -44,7 +50,7 @@ def _padding(padding: PaddingLike, size: Shape, kernel: Pair, strides: Pair, dil
 class GraphBuilder:
     """Collects layers; `build` returns the immutable, checked graph. See the module docstring."""
 
-    def __init__(self, name: str, *, input_shape: Shape):
+    def __init__(self, name: str, *, input_shape: Shape) -> None:
         self.name = name
         self.input_shape = tuple(input_shape)
         self.image = INPUT
@@ -58,6 +64,7 @@ class GraphBuilder:
             raise layer.fail(f"unknown inputs {unknown}", f"some of {list(self._shapes)}")
         if layer.name in self._shapes:
             raise layer.fail("its name in use already", "a new name")
+        layer.check_arity()
         shapes = (self._shapes[name] for name in layer.inputs)
         self._shapes[layer.name] = layer.output_shape(*shapes)
         self._layers.append(layer)
@@ -80,14 +87,15 @@ class GraphBuilder:
              use_bias: bool = False, name: str | None = None) -> str:  # fmt: skip
         """2-D convolution; `padding` is a number, pairs, 'same' or 'tf_same'."""
         kernel, stride, rate = _pair(kernel_size), _pair(strides), _pair(dilation)
+        name, size = self._name(name, "conv"), self._shapes.get(x, ())
         return self.add_layer(
             L.Conv(
-                name=self._name(name, "conv"),
+                name=name,
                 inputs=(x,),
                 features=features,
                 kernel_size=kernel,
                 strides=stride,
-                padding=_padding(padding, self._shapes[x], kernel, stride, rate),
+                padding=_padding(name, padding, size, kernel, stride, rate),
                 dilation=rate,
                 groups=groups,
                 use_bias=use_bias,
@@ -168,15 +176,16 @@ class GraphBuilder:
     def _pool(self, kind: type[L.MaxPool], prefix: str, x: str, window: int | Pair,
               strides: int | Pair | None, padding: PaddingLike, name: str | None,
               **settings: bool) -> str:  # fmt: skip
-        size = _pair(window)
-        stride = size if strides is None else _pair(strides)
+        reach = _pair(window)
+        stride = reach if strides is None else _pair(strides)
+        name, size = self._name(name, prefix), self._shapes.get(x, ())
         return self.add_layer(
             kind(
-                name=self._name(name, prefix),
+                name=name,
                 inputs=(x,),
-                window=size,
+                window=reach,
                 strides=stride,
-                padding=_padding(padding, self._shapes[x], size, stride, (1, 1)),
+                padding=_padding(name, padding, size, reach, stride),
                 **settings,
             )
         )

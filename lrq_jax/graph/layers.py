@@ -49,6 +49,12 @@ class Layer:
         kind = type(self).__name__
         return GraphError(f"layer {self.name!r} ({kind}): found {found}, expected {expected}")
 
+    def check_arity(self) -> None:
+        """Refuses a number of inputs the layer cannot read."""
+        arity, found = type(self).arity, len(self.inputs)
+        if (arity is None and found < 2) or (arity is not None and found != arity):
+            raise self.fail(f"{found} inputs", "two or more" if arity is None else arity)
+
     def check_image(self, shape: Shape) -> None:
         """Refuses a shape that is not `(H, W, C)`."""
         if len(shape) != 3:
@@ -58,6 +64,12 @@ class Layer:
 def _window_size(layer: Layer, shape: Shape, kernel: Pair, strides: Pair, padding: Padding,
                  dilation: Pair = (1, 1)) -> Pair:  # fmt: skip
     """Output (H, W) of a sliding window; refuses a window larger than its padded input."""
+    for setting, values, smallest in (
+        ("window", kernel, 1), ("strides", strides, 1), ("dilation", dilation, 1),
+        ("padding", (*padding[0], *padding[1]), 0),
+    ):  # fmt: skip
+        if min(values) < smallest:
+            raise layer.fail(f"{setting} {values}", f"numbers from {smallest} up")
     sizes = []
     for axis in range(2):
         reach = dilation[axis] * (kernel[axis] - 1) + 1
@@ -86,6 +98,8 @@ class Conv(Layer):
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = shapes
         self.check_image(shape)
+        if self.groups < 1 or self.features < 1:
+            raise self.fail(f"{self.features} features, {self.groups} groups", "at least one each")
         if shape[2] % self.groups or self.features % self.groups:
             raise self.fail(
                 f"{shape[2]} input and {self.features} output channels",
@@ -115,6 +129,8 @@ class Dense(Layer):
         (shape,) = shapes
         if len(shape) != 1:
             raise self.fail(f"input shape {shape}", "a vector (C,): put a pool or flatten before")
+        if self.features < 1:
+            raise self.fail(f"{self.features} features", "at least one")
         return (self.features,)
 
     def parameter_shapes(self, *shapes: Shape) -> dict[str, dict[str, Shape]]:
@@ -218,8 +234,10 @@ class Slice(Layer):
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = shapes
         self.check_image(shape)
-        size = tuple(len(range(n)[s]) for n, s in zip(shape, self.slices, strict=True))
-        if min(self.start) < 0 or min(self.step) < 1 or min(size) < 1:
+        size = (0,)
+        if min(self.start) >= 0 and min(self.step) >= 1:
+            size = tuple(len(range(n)[s]) for n, s in zip(shape, self.slices, strict=True))
+        if min(size) < 1:
             raise self.fail(f"{self.slices} of {shape}", "start >= 0, step >= 1 and something left")
         return size
 
@@ -235,7 +253,12 @@ class MaxPool(Layer):
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = shapes
         self.check_image(shape)
-        return (*_window_size(self, shape, self.window, self.strides, self.padding), shape[2])
+        size = _window_size(self, shape, self.window, self.strides, self.padding)
+        if any(max(pair) >= reach for pair, reach in zip(self.padding, self.window, strict=True)):
+            raise self.fail(
+                f"padding {self.padding}", f"less than the window {self.window}, to pool an image"
+            )
+        return (*size, shape[2])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

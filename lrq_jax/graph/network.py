@@ -52,9 +52,7 @@ class Graph:
             unknown = [name for name in layer.inputs if name not in shapes]
             if unknown:
                 raise layer.fail(f"unknown inputs {unknown}", "tensors made by earlier layers")
-            arity, found = type(layer).arity, len(layer.inputs)
-            if (arity is None and found < 2) or (arity is not None and found != arity):
-                raise layer.fail(f"{found} inputs", "two or more" if arity is None else arity)
+            layer.check_arity()
             shapes[layer.name] = layer.output_shape(*(shapes[name] for name in layer.inputs))
         return shapes
 

@@ -37,10 +37,10 @@ def graph_from_dict(description: dict[str, Any]) -> Graph:
     made = []
     for entry in description["layers"]:
         settings = {key: _tuples(value) for key, value in entry.items() if key != "type"}
-        kind = _TYPES.get(entry["type"])
+        kind = _TYPES.get(entry.get("type"))
         if kind is None:
             raise GraphError(
-                f"layer {entry.get('name')!r}: found type {entry['type']!r}, "
+                f"layer {entry.get('name')!r}: found type {entry.get('type')!r}, "
                 f"expected one of {sorted(_TYPES)}"
             )
         expected = {field.name for field in dataclasses.fields(kind)}

@@ -23,7 +23,15 @@ def batch_norm_statistics(inputs: Sequence[jax.Array], running: Sequence[Moments
 
     Returns:
       Scalar.
+
+    Raises:
+      ValueError: no batch norms to match.
     """
+    if not inputs:
+        raise ValueError(
+            "found a teacher without batch norms, expected at least one: their running statistics "
+            "are what images are matched to; take the network before its batch norms were folded"
+        )
     total = jnp.float32(0.0)
     for x, (running_mean, running_var) in zip(inputs, running, strict=True):
         axes = tuple(range(x.ndim - 1))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,11 +45,13 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, strides: Pair = (1, 1),
 
 
 def integer_conv2d(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, largest_product: int,
-                   groups: int = 1, **window: Pair | Padding) -> jax.Array:  # fmt: skip
+                   strides: Pair = (1, 1), padding: Padding = ((0, 0), (0, 0)),
+                   dilation: Pair = (1, 1), groups: int = 1) -> jax.Array:  # fmt: skip
     """Exact `float32(int32 convolution + int32 bias)` of integer-valued float32 arrays.
 
-    Sums that could pass 2^24 are cut along the input channels into sums that cannot, each an
-    ordinary float convolution, added up as int32: no backend needs fast integer convolutions.
+    Sums that could pass 2^24 are cut along each group's input channels (and, for kernels of
+    hundreds of taps, along the rows) into sums that cannot, each an ordinary float convolution,
+    added up as int32: no backend needs integer convolutions, which GPUs do not have.
     The gradient is that of the plain convolution.
 
     Args:
@@ -59,34 +59,31 @@ def integer_conv2d(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, largest_
       kernel: `[kh, kw, C / groups, F]`, integers.
       bias: `[F]`, integers.
       largest_product: bound on |x * kernel|, one product.
-      **window: strides, padding, dilation of `conv2d`.
+      strides, padding, dilation, groups: as in `conv2d`.
     """
-    if math.prod(kernel.shape[:3]) * largest_product < EXACT_FLOAT32:
-        return conv2d(x, kernel, groups=groups, **window) + bias
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return conv2d(x, kernel, strides=strides, padding=padding, dilation=dilation, groups=groups)
+
+    height, width, channels = kernel.shape[:3]
+    if height * width * channels * largest_product < EXACT_FLOAT32:
+        return convolve(x, kernel) + bias
 
     def exact(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        if groups > 1:
-            total = lax.conv_general_dilated(
-                x.astype(jnp.int32),
-                kernel.astype(jnp.int32),
-                window["strides"],
-                window["padding"],
-                rhs_dilation=window["dilation"],
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=groups,
-            )
-        else:
-            depth = _chunk(kernel.shape[0] * kernel.shape[1] * largest_product)
-            total = sum(
-                conv2d(x[..., c : c + depth], kernel[:, :, c : c + depth], **window).astype(
-                    jnp.int32
-                )
-                for c in range(0, x.shape[-1], depth)
-            )
-        return (total + bias.astype(jnp.int32)).astype(jnp.float32)
+        by_group = x.reshape(*x.shape[:3], groups, channels)
+        rows = min(_chunk(width * largest_product), height)
+        depth = _chunk(rows * width * largest_product)
+        total = bias.astype(jnp.int32)
+        for c in range(0, channels, depth):
+            part = by_group[..., c : c + depth].reshape(*x.shape[:3], -1)
+            taps = kernel[:, :, c : c + depth]
+            for r in range(0, height, rows):
+                some = jnp.zeros_like(taps).at[r : r + rows].set(taps[r : r + rows])
+                total += convolve(part, taps if rows == height else some).astype(jnp.int32)
+        return total.astype(jnp.float32)
 
     frozen = (lax.stop_gradient(value) for value in (x, kernel, bias))
-    return straight_through(exact(*frozen), conv2d(x, kernel, groups=groups, **window) + bias)
+    return straight_through(exact(*frozen), convolve(x, kernel) + bias)
 
 
 def integer_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, largest_product: int) -> jax.Array:  # fmt: skip
@@ -104,6 +101,6 @@ def integer_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, largest_p
     return straight_through(exact, jnp.dot(x, kernel) + bias)
 
 
-def _chunk(largest_sum_per_channel: int) -> int:
-    """Input channels whose partial sum stays exact in float32."""
-    return max((EXACT_FLOAT32 - 1) // largest_sum_per_channel, 1)
+def _chunk(largest_term: int) -> int:
+    """Number of terms whose sum stays exact in float32."""
+    return max((EXACT_FLOAT32 - 1) // largest_term, 1)

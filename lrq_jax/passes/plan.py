@@ -16,7 +16,8 @@ from lrq_jax.graph import layers as L
 PLACEMENTS = ("integer", "paper")
 POLICIES = ("U", "R")
 _KEEPS_CODES = (L.MaxPool, L.Pad, L.Slice, L.Flatten)
-"""Layers that move codes without changing their meaning."""
+"""Layers that move codes without changing their meaning: these very types, not their subclasses
+(an average pool is a kind of MaxPool and makes new codes)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def plan_quantization(graph: Graph, spec: QuantSpec) -> tuple[Operation, ...]:
         if isinstance(layer, L.Conv | L.Dense):
             edge = spec.policy == "R" and layer.name in (first, last)
             weight_bits = spec.edge_bits if edge else spec.weight_bits
-        if output != graph.output and not isinstance(layer, _KEEPS_CODES):
+        if output != graph.output and type(layer) not in _KEEPS_CODES:
             rectified = isinstance(activation or layer, L.Activation)
             output_bits = spec.act_bits if rectified else spec.boundary_bits
             if spec.policy == "R" and output == graph.by_name[last].inputs[0]:

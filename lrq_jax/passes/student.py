@@ -34,7 +34,9 @@ from lrq_jax.quantizers.affine import (
     AffineParameters,
     affine_parameters,
     bias_codes,
+    lineage_codes,
     lineage_fake_quant,
+    lineage_parameters,
     quantize,
     top_code,
 )
@@ -205,6 +207,28 @@ def frozen_logits(student: Student, frozen: dict[str, Any], images: jax.Array) -
     output = student.graph.output
     return integer_forward(student.operations, frozen, images, (output,),
                            input_bits=student.spec.boundary_bits)[output]  # fmt: skip
+
+
+def paper_weight_codes(student: Student, variables: Variables) -> dict[str, dict[str, jax.Array]]:
+    """Weight codes of a `paper` student: `{layer: {"codes", "scale", "offset"}}`.
+
+    Codes are uint8 in [0, 2^k - 1]; the weight is `(code - 2^(k-1) + offset) / scale`, with
+    float32 scale and int32 offset `[C_out]`.
+    """
+    stored = {}
+    for operation in student.operations:
+        if operation.weight_bits is None:
+            continue
+        bits, kernel = operation.weight_bits, variables["params"][operation.layer.name]["kernel"]
+        limits = OBSERVERS[student.spec.weight_observer](kernel, tuple(range(kernel.ndim - 1)))
+        scale, offset = lineage_parameters(limits["low"], limits["high"], bits)
+        codes = lineage_codes(kernel, scale, offset, bits) + 2 ** (bits - 1)
+        stored[operation.layer.name] = {
+            "codes": codes.astype(jnp.uint8),
+            "scale": scale,
+            "offset": offset.astype(jnp.int32),
+        }
+    return stored
 
 
 def _parameters(limits: dict[str, jax.Array], bits: int) -> AffineParameters:

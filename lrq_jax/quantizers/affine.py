@@ -53,14 +53,26 @@ def dequantize(codes: jax.Array, parameters: AffineParameters) -> jax.Array:
     return (codes - parameters.zero_point) * parameters.scale
 
 
+def lineage_parameters(low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Scale S (codes per real unit) and offset Z of the lineage's affine code.
+
+    n = 2^k - 1; S = n / max(high - low, 1e-8); Z = round(S*low) + 2^(k-1). Unlike
+    `affine_parameters` the range need not contain 0. (Yao et al.'s ZeroQ, arXiv 2001.00281,
+    asymmetric mode; the formula GDFQ's line of work shares.)
+    """
+    scale = top_code(bits) / jnp.maximum(high - low, SMALLEST_RANGE)
+    return scale, jnp.rint(scale * low) + 2 ** (bits - 1)
+
+
+def lineage_codes(x: jax.Array, scale: jax.Array, offset: jax.Array, bits: int) -> jax.Array:
+    """`q = clip(round(S*x - Z), -2^(k-1), 2^(k-1) - 1)`; its real value is (q + Z) / S."""
+    half = 2 ** (bits - 1)
+    return jnp.clip(jnp.rint(scale * x - offset), -half, half - 1)
+
+
 def lineage_fake_quant(x: jax.Array, low: jax.Array, high: jax.Array, bits: int, *,
                        clip_mask: bool = False) -> jax.Array:  # fmt: skip
     """Quantize-dequantize as GDFQ, Qimera, IntraQ and LRQ compute it.
-
-    n = 2^k - 1; S = n / max(high - low, 1e-8); Z = round(S*low) + 2^(k-1);
-    q = clip(round(S*x - Z), -2^(k-1), 2^(k-1) - 1); result (q + Z) / S.
-    Unlike `affine_parameters` the range need not contain 0. (Yao et al.'s ZeroQ,
-    arXiv 2001.00281, asymmetric mode; the formula GDFQ's line of work shares.)
 
     Args:
       x: any shape.
@@ -71,18 +83,16 @@ def lineage_fake_quant(x: jax.Array, low: jax.Array, high: jax.Array, bits: int,
     Returns:
       Same shape as `x`, with the straight-through gradient.
     """
-    half = 2 ** (bits - 1)
-    scale = top_code(bits) / jnp.maximum(high - low, SMALLEST_RANGE)
-    offset = jnp.rint(scale * low) + half
-    codes = jnp.clip(jnp.rint(scale * x - offset), -half, half - 1)
-    surrogate = jnp.clip(x, low, high) if clip_mask else x
-    return straight_through((codes + offset) / scale, surrogate)
+    scale, offset = lineage_parameters(low, high, bits)
+    exact = (lineage_codes(x, scale, offset, bits) + offset) / scale
+    return straight_through(exact, jnp.clip(x, low, high) if clip_mask else x)
 
 
 def bias_codes(bias: jax.Array, scale: jax.Array) -> jax.Array:
     """int32 codes of a bias in units of the accumulator's scale, held in float32.
 
-    Values beyond int32 (a nearly dead channel's) saturate at the largest float32 inside it.
+    Large values (a nearly dead channel's) saturate at 2^30, so that accumulator plus bias stays
+    inside int32, where integer runtimes wrap around.
     """
-    limit = float(2**31 - 128)
+    limit = float(2**30)
     return round_through(jnp.clip(bias / scale, -limit, limit))

@@ -303,4 +303,7 @@ def detect_arch(state: Mapping[str, np.ndarray], *,
         hint = f"{nearest[1]!r} comes nearest with {nearest[0]} differences, such as " + "; ".join(
             nearest[2][:4]
         )
-    raise ReaderError(f"found no architecture of ours in the file ({hint}): choose with --arch")
+    raise ReaderError(
+        f"found no architecture of ours in the file ({hint}): choose with --arch, or add its names to "
+        "lrq_jax/readers/naming.py"
+    )

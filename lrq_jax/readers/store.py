@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -147,9 +148,10 @@ def save_teacher(teacher: Teacher, directory: str | Path, *, overwrite: bool = F
     try:
         made = workspace / "new"
         with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(made / _VARIABLES, teacher.variables)
+            checkpointer.save(made / _VARIABLES, _filled(jax.device_get(teacher.variables)))
             checkpointer.wait_until_finished()
-        text = json.dumps(_metadata(teacher), indent=1) + "\n"
+        files = {"files": _file_hashes(made / _VARIABLES)}
+        text = json.dumps(_metadata(teacher) | files, indent=1) + "\n"
         (made / _METADATA_FILE).write_text(text, encoding="utf-8")
         old = workspace / "old"
         if directory.exists():
@@ -189,35 +191,51 @@ def load_teacher(path: str | Path) -> Teacher:
             f"or {DIGITS!r}; convert a published checkpoint first: {_CONVERT}"
         )
     metadata = _parse((path / _METADATA_FILE).read_text(encoding="utf-8"), str(path))
-    return _teacher(metadata, lambda graph: _restore(path / _VARIABLES, graph), str(path))
+
+    def read(graph: Graph) -> Variables:
+        return _restore(path / _VARIABLES, graph, metadata["files"])
+
+    return _teacher(metadata, read, str(path))
 
 
-def _restore(path: Path, graph: Graph) -> Variables:
-    """The arrays as numpy; orbax would cast a wrong dtype in silence, so it is checked before."""
-    if not path.is_dir():
-        raise ValueError(f"no arrays at {str(path)!r}")
-    # An explicit sharding: without it orbax asks for the devices the arrays were saved from.
+def _file_hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of every file under a directory, by relative path."""
+    return {
+        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def _restore(path: Path, graph: Graph, file_hashes: dict[str, str]) -> Variables:
+    """The arrays as numpy. Files and dtypes are checked before orbax sees them: it casts a wrong
+    dtype in silence, and a damaged file leaves exceptions behind in its threads."""
+    found_files = _file_hashes(path)
+    damaged = [name for name, digest in file_hashes.items() if found_files.get(name) != digest]
+    if damaged:
+        raise ValueError(f"missing or changed files under {str(path)!r}: {damaged[:6]}")
+    # An explicit sharding, so that the layout of the machine that saved them is never asked for.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = {c: layers for c, layers in graph.variable_shapes().items() if layers}
     abstract = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding),
-        shapes,
+        _filled(graph.variable_shapes()),
         is_leaf=lambda node: isinstance(node, tuple),
     )
     with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata(path).item_metadata.tree
-            found = {name: describe_array(leaf) for name, leaf in flatten_variables(stored).items()}
-            expected = {
-                name: describe_array(leaf) for name, leaf in flatten_variables(abstract).items()
-            }
-            if found != expected:
-                wrong = sorted(found.items() ^ expected.items())
-                raise ValueError(f"arrays other than the graph's: {wrong[:6]}")
-            restored = jax.device_get(checkpointer.restore(path, abstract))
-        except Exception as error:  # orbax and tensorstore raise many kinds on damaged files
-            raise ValueError(f"unreadable arrays at {str(path)!r}: {error}") from error
+        stored = flatten_variables(checkpointer.metadata(path).item_metadata.tree)
+        wanted = flatten_variables(abstract)
+        found = {name: describe_array(leaf) for name, leaf in stored.items()}
+        expected = {name: describe_array(leaf) for name, leaf in wanted.items()}
+        if found != expected:
+            wrong = sorted(found.items() ^ expected.items())
+            raise ValueError(f"arrays other than the graph's: {wrong[:6]}")
+        restored = jax.device_get(checkpointer.restore(path, abstract))
     return {"params": {}, "batch_stats": {}} | jax.tree.map(np.array, restored)
+
+
+def _filled(tree: dict[str, Any]) -> dict[str, Any]:
+    """The collections that hold something: orbax keeps no empty ones."""
+    return {collection: layers for collection, layers in tree.items() if layers}
 
 
 # --- one file ------------------------------------------------------------------------------------
@@ -231,7 +249,8 @@ def save_embedded(teacher: Teacher, file: str | Path) -> None:
         raise ValueError(f"found {file.name!r}, expected a name that ends in .safetensors")
     file.parent.mkdir(parents=True, exist_ok=True)
     arrays = {
-        name: np.ascontiguousarray(a) for name, a in flatten_variables(teacher.variables).items()
+        name: np.ascontiguousarray(array)
+        for name, array in flatten_variables(jax.device_get(teacher.variables)).items()
     }
     data = safetensors.numpy.save(arrays, {_HEADER_KEY: json.dumps(_metadata(teacher))})
     handle, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)

@@ -6,7 +6,6 @@ Nothing here is jitted, sharded or donated; `training.compile` does that in one 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +54,8 @@ class StepSpec:
 
 
 class TrainState(NamedTuple):
-    """What training changes. `step` counts all steps from the first of the warm-up."""
+    """What training changes. `step` counts all steps from the first of the warm-up; `key` is raw
+    key data, which any checkpoint format can hold."""
 
     step: jax.Array
     key: jax.Array
@@ -86,7 +86,7 @@ def initial_state(spec: StepSpec, teacher: Variables, seed: int) -> TrainState:
     graph = spec.graph
     return TrainState(
         step=jnp.int32(0),
-        key=run_key,
+        key=jax.random.key_data(run_key),
         generator=generator,
         generator_opt=generator_optimizer(spec.method).init(generator),
         centers=losses.initial_centers(graph.num_classes, graph.shapes[graph.features][0]),
@@ -209,7 +209,7 @@ def _update_student(state: TrainState, images: jax.Array, labels: jax.Array,
 
 
 def _step_key(state: TrainState | NoiseState) -> jax.Array:
-    return jax.random.fold_in(state.key, state.step)
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
 
 # --- the steps ------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def initial_noise(spec: StepSpec, key: jax.Array, centers: Centers) -> NoiseStat
     )
     return NoiseState(
         step=jnp.int32(0),
-        key=run_key,
+        key=jax.random.key_data(run_key),
         images=images,
         labels=constrain_batch(labels, spec.mesh),
         opt=noise_optimizer(method).init(images),
@@ -315,8 +315,3 @@ def finished_noise(state: NoiseState, teacher: Variables, *, spec: StepSpec) -> 
     """Class centres with a finished batch's features added."""
     features = float_forward(spec.graph, teacher, state.images, (spec.graph.features,))
     return losses.update_centers(state.centers, features[spec.graph.features], state.labels)
-
-
-def merge_metrics(metrics: Sequence[Metrics]) -> Metrics:
-    """Mean of each metric over steps."""
-    return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}

@@ -1,0 +1,22 @@
+"""ResNet-20 on CIFAR-10, W4A4, LRQ's losses on a budget of minutes.
+
+Convert:   python scripts/convert_teacher.py --source resnet20.pt --arch resnet20_cifar \\
+             --out teachers/r20_cifar10
+Command:   python -m lrq_jax.main --config=configs/r20_cifar10.py --workdir=runs/r20 \\
+             --config.teacher.path=teachers/r20_cifar10 --config.data.path=DIR_OF_TEST_IMAGES
+Time:      TIME_R20
+Expected:  RESULT_R20
+"""
+
+from ml_collections import ConfigDict
+
+from lrq_jax.config import base_config, short_schedule
+
+
+def get_config() -> ConfigDict:
+    """See the module docstring."""
+    config = short_schedule(base_config(), steps=500)
+    config.teacher.path = "teachers/r20_cifar10"
+    config.data.name = ""
+    config.data.path = ""  # a folder of labelled images; empty: nothing is evaluated
+    return config

@@ -1,0 +1,21 @@
+"""ResNet-20 on CIFAR-100, W4A4, LRQ's losses on a budget of minutes.
+
+Convert:   python scripts/convert_teacher.py --source resnet20.pt --out teachers/r20_cifar100
+Command:   python -m lrq_jax.main --config=configs/r20_cifar100.py --workdir=runs/r20_c100 \\
+             --config.teacher.path=teachers/r20_cifar100 --config.data.path=DIR_OF_TEST_IMAGES
+Time:      TIME_C100
+Expected:  RESULT_C100
+"""
+
+from ml_collections import ConfigDict
+
+from lrq_jax.config import base_config, short_schedule
+
+
+def get_config() -> ConfigDict:
+    """See the module docstring."""
+    config = short_schedule(base_config(), steps=500)
+    config.teacher.path = "teachers/r20_cifar100"
+    config.data.name = ""
+    config.data.path = ""  # a folder of labelled images; empty: nothing is evaluated
+    return config

@@ -1,0 +1,181 @@
+"""Configs: what a user may set, checked by name, and the frozen settings a run uses.
+
+`base_config()` is a locked ConfigDict; files under `configs/` start from it and the command
+line overrides it. Fields of `config.method` left unset take the preset's value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+from lrq_jax.method import Method, preset
+from lrq_jax.passes.plan import QuantSpec
+from lrq_jax.quantizers.ranges import OBSERVERS
+
+if typing.TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+PRECISIONS = ("default", "high", "highest")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything a run depends on besides the files it reads; static and hashable.
+
+    Attributes:
+      teacher_path: teacher directory, `.safetensors` teacher, or `digits`.
+      data_name, data_path, data_split: evaluation images, see `lrq_jax.data.load_data`; name and
+        path both empty: nothing is evaluated.
+      student: how the student is quantized.
+      preset: name of the method's preset.
+      method: the preset with the config's overrides.
+      seed: of every random number of the run.
+      precision: of float matrix products: `highest` is float32 everywhere; `default` is bfloat16
+        on TPU and TF32 on GPU.
+      eval_batch_size: images.
+      steps_per_dispatch: training steps a program call runs; 0: chosen per backend.
+      log_every, checkpoint_every, images_every: steps.
+    """
+
+    teacher_path: str
+    data_name: str
+    data_path: str
+    data_split: str
+    student: QuantSpec
+    preset: str
+    method: Method
+    seed: int
+    precision: str
+    eval_batch_size: int
+    steps_per_dispatch: int
+    log_every: int
+    checkpoint_every: int
+    images_every: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, nested: what config.json holds."""
+        return dataclasses.asdict(self)
+
+
+def base_config() -> ConfigDict:
+    """The embedded default: digits, W4A4, preset `lrq` with its published schedule."""
+    from ml_collections import ConfigDict, config_dict
+
+    types = typing.get_type_hints(Method)
+    method = {"preset": "lrq"}
+    for field in dataclasses.fields(Method):
+        kind = typing.get_origin(types[field.name]) or types[field.name]
+        if field.name != "steps":
+            method[field.name] = config_dict.placeholder(kind)
+    config = ConfigDict(
+        {
+            "teacher": {"path": "digits"},
+            "data": {"name": "digits", "path": "", "split": "test"},
+            "student": dataclasses.asdict(QuantSpec()),
+            "method": method,
+            "steps": config_dict.placeholder(int),
+            "seed": 0,
+            "precision": "highest",
+            "eval_batch_size": 500,
+            "steps_per_dispatch": 0,
+            "log_every": 20,
+            "checkpoint_every": 200,
+            "images_every": 200,
+        }
+    )
+    return config.lock()
+
+
+def short_schedule(config: ConfigDict, *, steps: int, warmup_steps: int = 150) -> ConfigDict:
+    """The same losses on a budget of minutes: the published schedules take days on a CPU.
+
+    Adam on a cosine instead of 80,000 steps of SGD at 1e-4, batches of 64, ranges calibrated at
+    the end of a short warm-up, and images of one noise pool scaled down alike. Applies to every
+    preset, so that presets compare at the same budget.
+    """
+    config.steps = steps
+    method = config.method
+    method.batch_size = 64
+    method.warmup_steps = warmup_steps
+    method.calibration_steps = 30
+    method.calibration_start = warmup_steps - method.calibration_steps
+    method.student_optimizer = "adam"
+    method.student_learning_rate = 1e-3
+    method.student_schedule = "cosine"
+    method.student_weight_decay = 0.0
+    method.generator_schedule = "cosine"
+    method.temperature = 4.0
+    return config
+
+
+def get_config() -> ConfigDict:
+    """The embedded default: `configs/digits.py`, and what runs without `--config`."""
+    return short_schedule(base_config(), steps=400)
+
+
+def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
+    """Checks a config and fills what it leaves to the preset.
+
+    Args:
+      config: of `base_config`, with overrides.
+      image_size: side of the teacher's images, pixels; picks the preset's column.
+
+    Raises:
+      ValueError: an impossible value: the field, what was found, what was expected.
+    """
+    chosen = {
+        field.name: config.method[field.name]
+        for field in dataclasses.fields(Method)
+        if field.name != "steps" and config.method[field.name] is not None
+    }
+    base = preset(config.method.preset, image_size=image_size)
+    if config.steps is not None:
+        chosen["steps"] = config.steps
+    method = dataclasses.replace(base, **chosen)
+    student = QuantSpec(
+        **{**config.student.to_dict(), "overrides": tuple(config.student.overrides)}
+    )
+    for name in ("weight_observer", "act_observer"):
+        if getattr(student, name) not in OBSERVERS:
+            raise ValueError(
+                f"student.{name}: found {getattr(student, name)!r}, expected {sorted(OBSERVERS)}"
+            )
+    if config.precision not in PRECISIONS:
+        raise ValueError(f"precision: found {config.precision!r}, expected one of {PRECISIONS}")
+    for name in ("eval_batch_size", "log_every", "checkpoint_every", "images_every"):
+        if config[name] < 1:
+            raise ValueError(f"{name}: found {config[name]}, expected at least 1")
+    if config.steps_per_dispatch < 0:
+        raise ValueError(
+            f"steps_per_dispatch: found {config.steps_per_dispatch}, expected 0 (automatic) or more"
+        )
+    return RunSettings(
+        teacher_path=config.teacher.path,
+        data_name=config.data.name,
+        data_path=config.data.path,
+        data_split=config.data.split,
+        student=student,
+        preset=config.method.preset,
+        method=method,
+        seed=config.seed,
+        precision=config.precision,
+        eval_batch_size=config.eval_batch_size,
+        steps_per_dispatch=config.steps_per_dispatch,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        images_every=config.images_every,
+    )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Fields that two nested dictionaries disagree on, as `field: old -> new`."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines

@@ -1,0 +1,209 @@
+"""The main job: a teacher in, a quantized student and an honest report out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lrq_jax import __version__
+from lrq_jax.config import RunSettings
+from lrq_jax.console import say
+from lrq_jax.data import EvalData, Preprocessing, load_data
+from lrq_jax.evaluation import Accuracy, evaluate
+from lrq_jax.passes import Student, float_logits, frozen_logits, student_forward
+from lrq_jax.readers.teacher import Teacher, teacher_hash
+from lrq_jax.run_directory import RunDirectory
+from lrq_jax.sharding import data_mesh
+from lrq_jax.synthesis.generator import GeneratorSpec
+from lrq_jax.training.compilation import put_replicated
+from lrq_jax.training.loop import TrainingLoop
+from lrq_jax.training.steps import StepSpec
+from lrq_jax.writers.codes import frozen_from_codes, load_student, save_student
+
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+def normalised_range(preprocessing: Preprocessing) -> tuple[float, float]:
+    """Smallest and largest value a normalised image can hold, from pixels in [0, 1]."""
+    pairs = list(zip(preprocessing.mean, preprocessing.std, strict=True))
+    return min(-mean / std for mean, std in pairs), max((1 - mean) / std for mean, std in pairs)
+
+
+def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh) -> StepSpec:
+    """The static description of a run's training steps.
+
+    Raises:
+      ValueError: settings the network does not admit.
+    """
+    method = settings.method
+    student = Student(
+        graph=teacher.graph,
+        spec=settings.student,
+        input_range=normalised_range(teacher.preprocessing),
+    )
+    _ = student.operations  # refuses impossible overrides now, not at the first step
+    if method.batch_size % mesh.devices.size:
+        raise ValueError(
+            f"method.batch_size: found {method.batch_size}, expected a multiple of the "
+            f"{mesh.devices.size} devices"
+        )
+    generator = GeneratorSpec(
+        image_shape=teacher.graph.input_shape,
+        num_classes=teacher.graph.num_classes,
+        conditioning=method.conditioning,
+        attention=method.attention,
+        latent_dim=method.latent_dim,
+        width=method.generator_width,
+    )
+    return StepSpec(student=student, generator=generator, method=method, mesh=mesh)
+
+
+def load_eval_data(settings: RunSettings) -> EvalData | None:
+    """The evaluation images of a run, None if its settings name none."""
+    if not (settings.data_name or settings.data_path):
+        return None
+    return load_data(name=settings.data_name, path=settings.data_path, split=settings.data_split)
+
+
+def quantize(teacher: Teacher, settings: RunSettings, data: EvalData | None, workdir: str | Path) -> dict[str, Any]:  # fmt: skip
+    """Quantizes a teacher without data and reports.
+
+    A second call with the same settings and `workdir` resumes; after a finished one it only
+    returns the report.
+
+    Args:
+      teacher: the trained float network.
+      settings: of `lrq_jax.config.resolve`.
+      data: labelled images for evaluation only, or None.
+      workdir: the run directory.
+
+    Returns:
+      The report, as written to `workdir/report.json`.
+
+    Raises:
+      ValueError: settings the network does not admit.
+      FileExistsError: `workdir` holds a run with other settings.
+      TrainingDiverged: a loss stopped being finite.
+    """
+    mesh = data_mesh()
+    spec = step_spec(teacher, settings, mesh)
+    config = {**settings.to_dict(), "teacher_sha256": teacher_hash(teacher)}
+    run = RunDirectory(workdir, config)
+    if run.report is not None:
+        say(f"{workdir}: finished already; its report:")
+        return run.report
+    jax.config.update("jax_default_matmul_precision", settings.precision)
+
+    loop = TrainingLoop(spec, teacher, settings, run)
+    state = loop.run()
+
+    clock = time.monotonic()
+    save_student(
+        run.student,
+        spec.student,
+        state.student,
+        preprocessing=teacher.preprocessing,
+        provenance={
+            "teacher_sha256": config["teacher_sha256"],
+            "preset": settings.preset,
+            "seed": settings.seed,
+            "versions": versions(),
+        },
+    )
+    accuracy = _evaluate(spec, teacher, state.student, settings, data, run)
+    timings = {**loop.timings, "evaluation and export": time.monotonic() - clock}
+    report = _report(spec, teacher, settings, config, accuracy, data, timings, run)
+    run.write_report(report)
+    return report
+
+
+def _evaluate(spec: StepSpec, teacher: Teacher, variables: Any, settings: RunSettings,
+              data: EvalData | None, run: RunDirectory) -> dict[str, Accuracy]:  # fmt: skip
+    """Accuracy of the teacher and of the student as read back from its exported codes."""
+    if data is None:
+        return {}
+    graph, mesh = teacher.graph, spec.mesh
+    floats = put_replicated(teacher.variables, mesh)
+    if spec.student.is_integer:
+        student, codes, _ = load_student(run.student)
+        frozen = put_replicated(frozen_from_codes(codes), mesh)
+        forward = lambda images: frozen_logits(student, frozen, images)  # noqa: E731
+    else:
+        forward = lambda images: student_forward(  # noqa: E731
+            spec.student, variables, images, (graph.output,)
+        )[graph.output]
+    say(f"evaluating {data.num_examples} images of {data.name} ...")
+    return evaluate(
+        {"teacher": lambda images: float_logits(graph, floats, images), "student": forward},
+        data,
+        teacher.preprocessing,
+        num_classes=graph.num_classes,
+        batch_size=settings.eval_batch_size,
+        mesh=mesh,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it computes with."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"lrq_jax": __version__, "python": platform.python_version(), **found}
+
+
+def _report(spec: StepSpec, teacher: Teacher, settings: RunSettings, config: dict[str, Any],
+            accuracy: dict[str, Accuracy], data: EvalData | None, timings: dict[str, float],
+            run: RunDirectory) -> dict[str, Any]:  # fmt: skip
+    devices = spec.mesh.devices.flat
+    percent = {
+        name: {"top1": round(value.top1, 4), "top5": round(value.top5, 4)}
+        for name, value in accuracy.items()
+    }
+    measured = bool(accuracy)
+    quant = settings.student
+    return {
+        "teacher": percent.get("teacher", {"top1": None, "top5": None}),
+        "student": percent.get("student", {"top1": None, "top5": None}),
+        "drop": round(accuracy["teacher"].top1 - accuracy["student"].top1, 4) if measured else None,
+        "agreement": round(accuracy["student"].agreement, 4) if measured else None,
+        "images": accuracy["student"].images if measured else 0,
+        "data": data.name if data else None,
+        "network": teacher.graph.name,
+        "preset": settings.preset,
+        "policy": quant.policy,
+        "placement": quant.placement,
+        "weight_bits": quant.weight_bits,
+        "act_bits": quant.act_bits,
+        "seed": settings.seed,
+        "steps": settings.method.steps,
+        "wall_seconds": {name: round(seconds, 1) for name, seconds in timings.items()},
+        "device": f"{spec.mesh.devices.size} x {next(iter(devices)).device_kind}",
+        "platform": jax.default_backend(),
+        "versions": versions(),
+        "teacher_sha256": config["teacher_sha256"],
+        "teacher_source": {"file": teacher.source, "sha256": teacher.source_sha256},
+        "settings": settings.to_dict(),
+        "student_path": str(run.student.name),
+    }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report in a few lines, for a person."""
+    quantized = (
+        f"{report['network']} W{report['weight_bits']}A{report['act_bits']}, policy "
+        f"{report['policy']}, {report['placement']} placement, preset {report['preset']}, "
+        f"{report['steps']} steps, seed {report['seed']}"
+    )
+    total = sum(report["wall_seconds"].values())
+    if report["images"]:
+        figures = (
+            f"teacher {report['teacher']['top1']:.2f} %, student {report['student']['top1']:.2f} % "
+            f"top-1 on the same {report['images']} images of {report['data']}: drop "
+            f"{report['drop']:.2f} points; same class on {report['agreement']:.2f} %"
+        )
+    else:
+        figures = "accuracy not measured: no evaluation data was given (data.name, data.path)"
+    return f"{quantized}\n{figures}\n{total:.0f} s on {report['device']}"

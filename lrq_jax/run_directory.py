@@ -1,0 +1,174 @@
+"""The files of a run: config, metrics, images, report. Written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrq_jax.config import differences
+from lrq_jax.data import Preprocessing
+
+CONFIG, METRICS, REPORT, TIMINGS = "config.json", "metrics.jsonl", "report.json", "timings.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON through a temporary file, so that a killed process leaves the old one."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RunDirectory:
+    """One run's directory.
+
+    Raises:
+      FileExistsError: the directory holds a run with another config; the fields are named.
+      NotADirectoryError: the path is a file.
+    """
+
+    def __init__(self, path: str | Path, config: dict[str, Any]) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"workdir: found a file at {path}, expected a directory")
+        self.path.mkdir(parents=True, exist_ok=True)
+        config = json.loads(json.dumps(config))  # tuples become lists, as they will be read
+        if (self.path / CONFIG).exists():
+            changed = differences(self._read(CONFIG), config)
+            if changed:
+                raise FileExistsError(
+                    f"workdir {path}: found a run with another config:\n  "
+                    + "\n  ".join(changed)
+                    + "\nexpected the same one to resume it; choose another --workdir, or repeat "
+                    "the run's own settings"
+                )
+        else:
+            others = sorted(entry.name for entry in self.path.iterdir())
+            if others:
+                raise FileExistsError(
+                    f"workdir {path}: found files but no {CONFIG}: {others[:5]}; expected an empty "
+                    "directory or an earlier run's; choose another --workdir"
+                )
+            write_json(self.path / CONFIG, config)
+        self._events: Any = None
+
+    def _read(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where training checkpoints go."""
+        return self.path / "checkpoints"
+
+    @property
+    def pool(self) -> Path:
+        """Where finished batches of noise images go."""
+        return self.path / "pool"
+
+    @property
+    def student(self) -> Path:
+        """Where the finished student's codes and scales go."""
+        return self.path / "student"
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """The finished run's report, None before."""
+        return self._read(REPORT) if (self.path / REPORT).exists() else None
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Marks the run as finished."""
+        write_json(self.path / REPORT, report)
+
+    def timings(self) -> dict[str, float]:
+        """Wall seconds per phase so far, over all starts of the run."""
+        return self._read(TIMINGS) if (self.path / TIMINGS).exists() else {}
+
+    def write_timings(self, timings: dict[str, float]) -> None:
+        """Replaces the wall seconds per phase."""
+        write_json(self.path / TIMINGS, timings)
+
+    # --- metrics ---
+
+    def open_metrics(self, step: int) -> None:
+        """Prepares the metrics for a run that continues after `step`: later lines, of steps that
+        were lost and will be repeated, are dropped."""
+        from tensorboardX import SummaryWriter
+
+        path = self.path / METRICS
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
+        """Appends a line to metrics.jsonl and the scalars to the TensorBoard events."""
+        line = json.dumps({"step": step, "phase": phase, **metrics})
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes the events."""
+        if self._events is not None:
+            self._events.close()
+
+    # --- images ---
+
+    def write_images(self, name: str, images: np.ndarray, labels: Sequence[int],
+                     preprocessing: Preprocessing, class_names: Sequence[str] | None) -> None:  # fmt: skip
+        """Writes a labelled grid of images as `images/NAME.png`.
+
+        Args:
+          name: file name without ending.
+          images: `[N, H, W, C]` in the network's normalised input space.
+          labels: N class indices.
+          preprocessing: the normalisation to undo.
+          class_names: names to write below; None writes the numbers.
+        """
+        directory = self.path / "images"
+        directory.mkdir(exist_ok=True)
+        names = [str(label) if class_names is None else class_names[label] for label in labels]
+        grid = _image_grid(_to_pixels(images, preprocessing), names)
+        temporary = directory / f".{name}.new"
+        grid.save(temporary, format="PNG")
+        os.replace(temporary, directory / f"{name}.png")
+
+
+def _step_of(line: str) -> float:
+    """Step of a metrics line; a line cut short by a kill counts as later than any."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def _to_pixels(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Normalised images as uint8 `[N, H, W, 3]`."""
+    mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)
+    pixels = np.clip(np.rint((np.asarray(images) * std + mean) * 255), 0, 255).astype(np.uint8)
+    return np.broadcast_to(pixels, (*pixels.shape[:3], 3)) if pixels.shape[3] == 1 else pixels
+
+
+def _image_grid(pixels: np.ndarray, names: list[str], *, columns: int = 10) -> Any:
+    """PIL image: tiles enlarged to at least 64 pixels, each with its name below."""
+    from PIL import Image, ImageDraw
+
+    factor = max(1, -(-64 // pixels.shape[1]))
+    height, width, text = pixels.shape[1] * factor, pixels.shape[2] * factor, 14
+    columns = min(columns, len(pixels))
+    rows = -(-len(pixels) // columns)
+    canvas = Image.new("RGB", (columns * (width + 4), rows * (height + text + 4)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, (tile, name) in enumerate(zip(pixels, names, strict=True)):
+        left, top = index % columns * (width + 4) + 2, index // columns * (height + text + 4) + 2
+        image = Image.fromarray(np.ascontiguousarray(tile))
+        canvas.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.text((left, top + height + 1), name[: width // 6], fill="black")
+    return canvas

@@ -1,0 +1,234 @@
+"""The host loop: phases of steps, with checkpoints, metrics and images along the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrq_jax.checkpoints import TrainingCheckpoints
+from lrq_jax.config import RunSettings
+from lrq_jax.console import Progress, say
+from lrq_jax.readers.teacher import Teacher
+from lrq_jax.run_directory import RunDirectory
+from lrq_jax.synthesis.generator import generate
+from lrq_jax.training import steps
+from lrq_jax.training.compilation import compile_step, put_replicated, steps_per_dispatch
+from lrq_jax.training.noise_pool import Pool, synthesize_pool
+from lrq_jax.training.steps import StepSpec, TrainState
+
+STUDENT_LOSS = "student/loss"
+_GRID_IMAGES = 40
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss stopped being finite; the message names step, terms and last good checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Consecutive steps of one kind: from step `start` up to, not including, `stop`."""
+
+    name: str
+    step: Callable[..., Any]
+    start: int
+    stop: int
+
+
+def phases(spec: StepSpec) -> tuple[Phase, ...]:
+    """The phases of a method, in order; empty ones left out.
+
+    The warm-up (with the calibration of activation ranges inside it), then the student.
+    """
+    method = spec.method
+    begin, end = method.calibration_start, method.calibration_start + method.calibration_steps
+    student = steps.joint_step if method.images == "generator" else steps.pool_step
+    plan = (
+        Phase(name="warm-up", step=steps.warmup_step, start=0, stop=begin),
+        Phase(name="calibration", step=steps.calibration_step, start=begin, stop=end),
+        Phase(name="warm-up", step=steps.warmup_step, start=end, stop=method.warmup_steps),
+        Phase(
+            name="training",
+            step=student,
+            start=method.warmup_steps,
+            stop=method.warmup_steps + method.steps,
+        ),
+    )
+    return tuple(phase for phase in plan if phase.stop > phase.start)
+
+
+class TrainingLoop:
+    """Runs the phases of a method, resuming where an earlier start of the run stopped.
+
+    Args:
+      spec: static description of the steps, with its mesh.
+      teacher: the float network.
+      settings: of the run.
+      run: its directory.
+    """
+
+    def __init__(self, spec: StepSpec, teacher: Teacher, settings: RunSettings,
+                 run: RunDirectory) -> None:  # fmt: skip
+        self._spec, self._teacher, self._settings, self._run = spec, teacher, settings, run
+        self._variables = put_replicated(teacher.variables, spec.mesh)
+        self._timings = run.timings()
+        self._recent_loss: float | None = None
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Wall seconds per phase, over all starts of the run."""
+        return dict(self._timings)
+
+    def run(self) -> TrainState:
+        """Trains to the end.
+
+        Raises:
+          TrainingDiverged: a loss stopped being finite.
+        """
+        state = steps.initial_state(self._spec, self._variables, self._settings.seed)
+        state = put_replicated(state, self._spec.mesh)
+        with TrainingCheckpoints(self._run.checkpoints) as checkpoints:
+            done = checkpoints.latest_step or 0
+            if done:
+                say(f"resuming after step {done}")
+                state = checkpoints.restore(done, state, self._spec.mesh)
+            self._run.open_metrics(done)
+            try:
+                for phase in phases(self._spec):
+                    state = self._run_phase(phase, state, checkpoints)
+                final = int(state.step)
+                checkpoints.save(final, state, self._recent_loss)
+                self._write_images(state)
+            finally:
+                self._run.close()
+        return state
+
+    def _run_phase(self, phase: Phase, state: TrainState, checkpoints: TrainingCheckpoints) -> TrainState:  # fmt: skip
+        start = max(phase.start, int(state.step))
+        if start >= phase.stop:
+            return state
+        arguments: tuple[Any, ...] = (self._variables,)
+        if phase.step is steps.pool_step:
+            pool = self._pool(state)
+            arguments += (pool.images, pool.labels)
+        done = start
+        per_call = min(
+            steps_per_dispatch(self._settings.steps_per_dispatch, self._spec.mesh),
+            phase.stop - start,
+        )
+        program = self._compile(phase, state, arguments, per_call)
+        single = program if per_call == 1 else None
+        pending: list[dict[str, jax.Array]] = []
+        clock = time.monotonic()
+        with Progress(
+            phase.name, start=start - phase.start, stop=phase.stop - phase.start
+        ) as progress:
+            while done < phase.stop:
+                if done + per_call > phase.stop and single is None:  # a rest: one step at a time
+                    single = self._compile(phase, state, arguments, 1)
+                call, count = (program, per_call) if done + per_call <= phase.stop else (single, 1)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = call(state, *arguments)
+                pending.append(metrics)
+                before, done = done, done + count
+                due = _due(before, done, phase.stop)
+                if due(self._settings.log_every) or due(self._settings.checkpoint_every):
+                    losses = self._log(phase, done, pending, checkpoints)
+                    pending = []
+                    progress.update(done - phase.start, losses)
+                if due(self._settings.images_every) and done < phase.stop:
+                    self._write_images(state)
+                if due(self._settings.checkpoint_every):
+                    checkpoints.save(done, state, self._recent_loss)
+                    clock = self._add_time(phase.name, clock)
+        self._add_time(phase.name, clock)
+        return state
+
+    def _compile(self, phase: Phase, state: TrainState, arguments: tuple[Any, ...], count: int) -> Any:  # fmt: skip
+        clock = time.monotonic()
+        say(f"{phase.name}: compiling the {phase.step.__name__.replace('_', ' ')} ...")
+        program = compile_step(
+            phase.step, state, *arguments, mesh=self._spec.mesh, count=count, spec=self._spec
+        )
+        say(f"{phase.name}: compiled in {time.monotonic() - clock:.1f} s")
+        self._add_time("compilation", clock)
+        return program
+
+    def _pool(self, state: TrainState) -> Pool:
+        clock = time.monotonic()
+        # Seeded by the settings alone, so that a resumed run optimises the same images.
+        pool = synthesize_pool(
+            self._spec, self._variables, self._run.pool, seed=self._settings.seed
+        )
+        self._add_time("image synthesis", clock)
+        preview = np.linspace(0, len(pool.labels) - 1, _GRID_IMAGES).astype(int)
+        labels = np.asarray(pool.labels)
+        self._run.write_images(
+            "pool",
+            np.asarray(pool.images)[preview],
+            labels[preview],
+            self._teacher.preprocessing,
+            self._teacher.class_names,
+        )
+        return pool
+
+    def _log(self, phase: Phase, done: int, pending: list[dict[str, jax.Array]],
+             checkpoints: TrainingCheckpoints) -> dict[str, float]:  # fmt: skip
+        """Means of the metrics since the last call, logged; stops the run if one is not finite."""
+        values = [jax.device_get(metrics) for metrics in pending]
+        stacked = {name: np.concatenate([v[name] for v in values]) for name in values[0]}
+        finite = np.all([np.isfinite(v) for v in stacked.values()], axis=0)
+        if not finite.all():
+            first = int(np.argmin(finite))
+            step = done - len(finite) + first
+            terms = {name: float(v[first]) for name, v in stacked.items()}
+            raise TrainingDiverged(
+                f"{phase.name}: a loss is not finite at step {step}: {terms}; last good "
+                f"checkpoint: {_checkpoint_name(checkpoints, self._run)}; lower "
+                "method.student_learning_rate or method.generator_learning_rate, or "
+                "method.gradient_clip, and start with another --workdir"
+            )
+        means = {name: float(v.mean()) for name, v in stacked.items()}
+        if STUDENT_LOSS in means:
+            self._recent_loss = means[STUDENT_LOSS]
+        self._run.log(done, phase.name, means)
+        return means
+
+    def _write_images(self, state: TrainState) -> None:
+        """A grid of what the generator makes now, classes in order."""
+        spec = self._spec
+        labels = np.arange(_GRID_IMAGES) * max(1, spec.generator.num_classes // _GRID_IMAGES)
+        labels = labels % spec.generator.num_classes
+        noise = jax.random.normal(jax.random.key(0), (_GRID_IMAGES, spec.generator.latent_dim))
+        images = _generate(spec.generator, state.generator, noise, jnp.asarray(labels))
+        self._run.write_images(
+            f"step_{int(state.step):06d}",
+            jax.device_get(images),
+            labels,
+            self._teacher.preprocessing,
+            self._teacher.class_names,
+        )
+
+    def _add_time(self, phase: str, since: float) -> float:
+        now = time.monotonic()
+        self._timings[phase] = self._timings.get(phase, 0.0) + now - since
+        self._run.write_timings(self._timings)
+        return now
+
+
+_generate = jax.jit(generate, static_argnums=0)
+
+
+def _due(before: int, done: int, stop: int) -> Callable[[int], bool]:
+    """Whether a multiple of an interval was passed, or the phase has ended."""
+    return lambda every: done // every > before // every or done >= stop
+
+
+def _checkpoint_name(checkpoints: TrainingCheckpoints, run: RunDirectory) -> str:
+    step = checkpoints.latest_step
+    return "none yet" if step is None else str(run.checkpoints / str(step))

@@ -1,0 +1,92 @@
+"""A pool of training images optimised from noise, batch by batch, each kept as it is finished."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrq_jax import losses
+from lrq_jax.console import Progress, say
+from lrq_jax.losses.margin import Centers
+from lrq_jax.training import steps
+from lrq_jax.training.compilation import compile_step, put_replicated
+from lrq_jax.training.steps import NoiseState, StepSpec
+
+_POOL_STREAM = 1
+"""Folded into the run's seed, so that pool and training draw different numbers."""
+_REPORT_EVERY = 20
+
+
+class Pool(NamedTuple):
+    """Images `[N, H, W, C]` in the teacher's normalised input space, labels `[N]`."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int) -> Pool:
+    """Optimises `method.noise_batches` batches of images from noise.
+
+    A finished batch is kept in `directory`; a later call with the same spec and seed takes it
+    from there, and repeats an unfinished one from its start, to the same images.
+
+    Args:
+      spec: static description of the steps, with its mesh.
+      teacher: variables on the mesh.
+      directory: made if needed.
+      seed: of the run.
+
+    Raises:
+      FloatingPointError: a loss stopped being finite; step and terms named.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    method, graph, mesh = spec.method, spec.graph, spec.mesh
+    key = jax.random.fold_in(jax.random.key(seed), _POOL_STREAM)
+    centers = losses.initial_centers(graph.num_classes, graph.shapes[graph.features][0])
+    finish = jax.jit(steps.finished_noise, static_argnames="spec")
+    program, batches = None, []
+    for number in range(method.noise_batches):
+        path = directory / f"batch_{number:03d}.npz"
+        if not path.exists():
+            state = steps.initial_noise(spec, jax.random.fold_in(key, number), centers)
+            state = put_replicated(state, mesh)
+            if program is None:
+                say("image synthesis: compiling the noise step ...")
+                program = compile_step(steps.noise_step, state, teacher, mesh=mesh, spec=spec)
+            state = _optimise(program, state, teacher, number, spec)
+            _save(path, state, finish(state, teacher, spec=spec))
+        with np.load(path) as stored:
+            batches.append((stored["images"], stored["labels"]))
+            centers = Centers(jnp.asarray(stored["sums"]), jnp.asarray(stored["counts"]))
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return Pool(*put_replicated((images, labels), mesh))
+
+
+def _optimise(program: Any, state: NoiseState, teacher: Any, number: int, spec: StepSpec) -> NoiseState:  # fmt: skip
+    iterations = spec.method.noise_iterations
+    name = f"image synthesis, batch {number + 1}/{spec.method.noise_batches}"
+    with Progress(name, start=0, stop=iterations) as progress:
+        for done in range(1, iterations + 1):
+            with jax.transfer_guard("disallow"):
+                state, metrics = program(state, teacher)
+            if done % _REPORT_EVERY == 0 or done == iterations:
+                values = {k: float(v[-1]) for k, v in jax.device_get(metrics).items()}
+                if not all(np.isfinite(v) for v in values.values()):
+                    raise FloatingPointError(
+                        f"{name}: a loss is not finite by step {done}: {values}; finished batches "
+                        "are kept; lower method.noise_learning_rate"
+                    )
+                progress.update(done, values)
+    return state
+
+
+def _save(path: Path, state: NoiseState, centers: Centers) -> None:
+    temporary = path.with_name(f".{path.stem}.new.npz")
+    images, labels, sums, counts = jax.device_get((state.images, state.labels, *centers))
+    np.savez(temporary, images=images, labels=labels, sums=sums, counts=counts)
+    os.replace(temporary, path)
