@@ -63,6 +63,7 @@ class Method:
     generator_beta1: float = 0.5  # Adam; beta2 is 0.999
     generator_schedule: str = "step"
     generator_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)
+    adam_epsilon: float = 1e-8  # of every Adam
     gradient_clip: float = 10.0  # largest global norm of either gradient; the lineage has none
     # --- noise images (images = noise) ---
     noise_batches: int = 20  # batches in the pool (released: 4 groups x 5)
@@ -96,7 +97,7 @@ class Method:
                      "ama_weight", "ce_weight", "distill_weight", "dkd_beta"):  # fmt: skip
             self._check(name, minimum=0)
         for name in ("temperature", "gradient_clip", "student_learning_rate",
-                     "generator_learning_rate", "noise_learning_rate"):  # fmt: skip
+                     "generator_learning_rate", "noise_learning_rate", "adam_epsilon"):  # fmt: skip
             self._check(name, minimum=1e-12)
         if self.calibration_start + self.calibration_steps > self.warmup_steps:
             raise ValueError(

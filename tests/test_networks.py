@@ -116,7 +116,7 @@ def test_resnet18_layout_is_torchvisions():
     assert round((macs + 512_000) / 1e9, 2) == 1.81, "torchvision's GFLOPs"
 
 
-@pytest.mark.parametrize("depth", [-4, 0, 1, 2, 9, 18, 21, 50])
+@pytest.mark.parametrize("depth", [-4, 0, 1, 2, 9, 18, 21, 52])
 def test_a_cifar_depth_must_be_6n_plus_2(depth):
     with pytest.raises(ValueError, match=rf"found depth {depth}, expected 6n\+2 such as 8"):
         cifar_resnet(depth=depth)

@@ -19,6 +19,7 @@ from jax import lax
 from lrq_jax.graph import INPUT
 from lrq_jax.graph import layers as L
 from lrq_jax.ops.convolution import integer_conv2d, integer_dense
+from lrq_jax.ops.division import divide
 from lrq_jax.ops.straight_through import straight_through
 from lrq_jax.passes.float_forward import apply_layer, window_counts, window_sums
 from lrq_jax.passes.plan import Operation
@@ -176,7 +177,7 @@ def _run_weighted(layer: L.Layer, operation: Operation, source: Source, clip_mas
         operation,
         source,
         clip_mask,
-        lambda scale: accumulator * (units / scale),
+        lambda scale: accumulator * divide(units, scale),
         lambda: accumulator * units,
     )
 
@@ -201,7 +202,10 @@ def fused_multiply_add(code: jax.Array, factor: jax.Array, addend: jax.Array) ->
     """`code*factor + addend` in float32 with one rounding, for integers |code| <= 256.
 
     The product is split so that both halves are exact and the addition's rounding error is
-    added back, so the value does not depend on whether a compiler contracts to fma.
+    added back, so the value does not depend on whether a compiler contracts to fma. What is
+    added back is rounded to odd, so that rounding twice is rounding once (Boldo and
+    Melquiond, IEEE TC 57, 2008). The addend must not itself be a bare product, which a
+    compiler may fuse.
     """
     bits = lax.bitcast_convert_type(factor, jnp.uint32) & jnp.uint32(0xFFFFFF00)
     high = lax.bitcast_convert_type(bits, jnp.float32)
@@ -209,7 +213,13 @@ def fused_multiply_add(code: jax.Array, factor: jax.Array, addend: jax.Array) ->
     total = product + addend
     tail = total - product
     error = (product - (total - tail)) + (addend - tail)
-    return total + (error + rest)
+    correction = error + rest
+    tail = correction - error
+    lost = (error - (correction - tail)) + (rest - tail)
+    bits = lax.bitcast_convert_type(correction, jnp.int32)
+    odd = bits + jnp.where((lost > 0) == (correction > 0), 1, -1)
+    bits = jnp.where((lost != 0) & (bits % 2 == 0), odd, bits)
+    return total + lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @_run.register
@@ -223,9 +233,11 @@ def _add(layer: L.Add, operation: Operation, source: Source, clip_mask: bool, a:
         bits,
         lambda: _activate(operation, a.centred * a.scale + b.centred * b.scale),
     )
-    ratio_a, ratio_b = a.scale / parameters.scale, b.scale / parameters.scale
+    ratio_a, ratio_b = divide(a.scale, parameters.scale), divide(b.scale, parameters.scale)
     offset = parameters.zero_point - fused_multiply_add(
-        a.parameters.zero_point, ratio_a, ratio_b * b.parameters.zero_point
+        a.parameters.zero_point,
+        ratio_a,
+        fused_multiply_add(b.parameters.zero_point, ratio_b, jnp.float32(0)),
     )
     exact = fused_multiply_add(a.codes, ratio_a, fused_multiply_add(b.codes, ratio_b, offset))
     exact = jnp.clip(jnp.rint(exact), 0, top_code(bits))
@@ -256,7 +268,7 @@ def _mean(operation: Operation, source: Source, clip_mask: bool, x: QuantizedTen
         operation,
         source,
         clip_mask,
-        lambda scale: total * (x.scale / (scale * count)),
+        lambda scale: total * divide(x.scale, scale * count),
         lambda: total * (x.scale / count),
     )
 
@@ -266,7 +278,7 @@ def _activation(layer: L.Activation, operation: Operation, source: Source, clip_
                 x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
     """An activation on its own: a table over the input's codes."""
     real = apply_layer(layer, {}, dequantize(x.codes, x.parameters))
-    return _requantize(operation, source, clip_mask, lambda scale: real / scale, lambda: real)
+    return _requantize(operation, source, clip_mask, lambda scale: divide(real, scale), lambda: real)
 
 
 @_run.register
@@ -274,4 +286,4 @@ def _concat(layer: L.Concat, operation: Operation, source: Source, clip_mask: bo
             *inputs: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
     """Every input brought to the output's scale."""
     real = jnp.concatenate([dequantize(x.codes, x.parameters) for x in inputs], axis=-1)
-    return _requantize(operation, source, clip_mask, lambda scale: real / scale, lambda: real)
+    return _requantize(operation, source, clip_mask, lambda scale: divide(real, scale), lambda: real)

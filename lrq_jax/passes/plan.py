@@ -57,7 +57,7 @@ class QuantSpec:
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits", "edge_bits", "boundary_bits"):
             bits = getattr(self, name)
-            if not 2 <= bits <= 8:
+            if bits not in range(2, 9):
                 raise ValueError(f"{name}: found {bits}, expected 2 to 8")
         for name, allowed in (("policy", POLICIES), ("placement", PLACEMENTS)):
             if getattr(self, name) not in allowed:
@@ -104,6 +104,7 @@ def plan_quantization(graph: Graph, spec: QuantSpec) -> tuple[Operation, ...]:
     operations: list[Operation] = []
     absorbed: set[str] = set()
     first, last = graph.weighted[0].name, graph.weighted[-1].name
+    last_input = _origin_of_codes(graph, graph.by_name[last].inputs[0])
     matched: set[str] = set()
     for layer in graph.layers:
         if layer.name in absorbed:
@@ -118,7 +119,7 @@ def plan_quantization(graph: Graph, spec: QuantSpec) -> tuple[Operation, ...]:
         if output != graph.output and type(layer) not in _KEEPS_CODES:
             rectified = isinstance(activation or layer, L.Activation)
             output_bits = spec.act_bits if rectified else spec.boundary_bits
-            if spec.policy == "R" and output == graph.by_name[last].inputs[0]:
+            if spec.policy == "R" and output == last_input:
                 output_bits = spec.boundary_bits
         for entry in spec.overrides:
             pattern, weights, outputs = _parse_override(entry)
@@ -176,6 +177,13 @@ def _followers(graph: Graph, layer: L.Layer) -> tuple[L.BatchNorm | None, L.Acti
 def _only_reader(graph: Graph, layer: L.Layer) -> L.Layer | None:
     readers = graph.consumers[layer.name]
     return readers[0] if len(readers) == 1 else None
+
+
+def _origin_of_codes(graph: Graph, tensor: str) -> str:
+    """The tensor whose codes these are, before the layers that only move them."""
+    while type(layer := graph.by_name.get(tensor)) in _KEEPS_CODES:
+        (tensor,) = layer.inputs
+    return tensor
 
 
 def _parse_override(entry: str) -> tuple[str, int | None, int | None]:

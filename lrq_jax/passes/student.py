@@ -31,6 +31,7 @@ from lrq_jax.passes.plan import (
     tracked_tensors,
 )
 from lrq_jax.quantizers.affine import (
+    LARGEST_BIAS,
     AffineParameters,
     affine_parameters,
     bias_codes,
@@ -143,7 +144,8 @@ def quantize_weights(operation: Operation, variables: Variables, spec: QuantSpec
 
     The integers are those of the unfolded weight: `s_w' = s_w*|gain|`,
     `b' = offset + bias*gain`; where the gain is negative the code book is reflected
-    (`q' = 2^k-1-q`, `z' = 2^k-1-z`); where it is 0, `q = z` and `s = 1`.
+    (`q' = 2^k-1-q`, `z' = 2^k-1-z`); where it is 0, or the scale so small that int32 cannot
+    hold the bias (a channel that is all but constant), `q = z` and `s = 1`.
     """
     layer, batch_norm, params = operation.layer, operation.batch_norm, variables["params"]
     if isinstance(layer, L.BatchNorm):  # on its own: one exact tap per channel
@@ -164,12 +166,14 @@ def quantize_weights(operation: Operation, variables: Variables, spec: QuantSpec
             batch_norm,
             {**params.get(batch_norm.name, {}), **variables["batch_stats"][batch_norm.name]},
         )
-        negative, dead = gain < 0, gain == 0
+        negative = gain < 0
         codes = jnp.where(negative, top_code(bits) - codes, codes)
         zero_point = jnp.where(negative, top_code(bits) - zero_point, zero_point)
-        codes = jnp.where(dead, zero_point, codes)
-        scale = jnp.where(dead, 1.0, scale * jnp.abs(gain))
+        scale = scale * jnp.abs(gain)
         bias = bias * gain + offset
+    constant = jnp.abs(bias) >= LARGEST_BIAS * (input_scale * scale)
+    codes = jnp.where(constant, zero_point, codes)
+    scale = jnp.where(constant, 1.0, scale)
     return QuantizedWeights(codes, zero_point, scale, bias_codes(bias, input_scale * scale))
 
 

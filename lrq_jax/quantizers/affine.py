@@ -11,10 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lrq_jax.ops.division import divide
 from lrq_jax.ops.straight_through import round_through, straight_through
 
 SMALLEST_RANGE = 1e-8
 """Ranges are widened to this, so that a constant tensor has a scale (the lineage's value)."""
+
+LARGEST_BIAS = float(2**30)
+"""Bias codes end here, so that accumulator plus bias stays inside int32, where integer runtimes
+wrap around."""
 
 
 class AffineParameters(NamedTuple):
@@ -36,16 +41,16 @@ def affine_parameters(low: jax.Array, high: jax.Array, bits: int) -> AffineParam
     low >= 0, so saturation at code 0 is ReLU.
     """
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    scale = jnp.maximum(high - low, SMALLEST_RANGE) / top_code(bits)
-    return AffineParameters(scale, jnp.clip(jnp.rint(-low / scale), 0, top_code(bits)))
+    scale = divide(jnp.maximum(high - low, SMALLEST_RANGE), top_code(bits))
+    return AffineParameters(scale, jnp.clip(jnp.rint(divide(-low, scale)), 0, top_code(bits)))
 
 
 def quantize(x: jax.Array, parameters: AffineParameters, bits: int) -> jax.Array:
     """Codes of `x`; straight-through gradient, not masked where the code saturates."""
     scale, zero_point = parameters
-    value = x / scale + zero_point
-    exact = jnp.clip(jnp.rint(x / scale) + zero_point, 0, top_code(bits))
-    return straight_through(exact, value)
+    value = divide(x, scale)
+    exact = jnp.clip(jnp.rint(value) + zero_point, 0, top_code(bits))
+    return straight_through(exact, value + zero_point)
 
 
 def dequantize(codes: jax.Array, parameters: AffineParameters) -> jax.Array:
@@ -85,14 +90,14 @@ def lineage_fake_quant(x: jax.Array, low: jax.Array, high: jax.Array, bits: int,
     """
     scale, offset = lineage_parameters(low, high, bits)
     exact = (lineage_codes(x, scale, offset, bits) + offset) / scale
-    return straight_through(exact, jnp.clip(x, low, high) if clip_mask else x)
+    # Not jnp.clip: at the ends themselves, where min-max ranges have values, it halves gradients.
+    inside = jnp.where(x < low, low, jnp.where(x > high, high, x))
+    return straight_through(exact, inside if clip_mask else x)
 
 
 def bias_codes(bias: jax.Array, scale: jax.Array) -> jax.Array:
     """int32 codes of a bias in units of the accumulator's scale, held in float32.
 
-    Large values (a nearly dead channel's) saturate at 2^30, so that accumulator plus bias stays
-    inside int32, where integer runtimes wrap around.
+    Larger values than `LARGEST_BIAS` saturate.
     """
-    limit = float(2**30)
-    return round_through(jnp.clip(bias / scale, -limit, limit))
+    return round_through(jnp.clip(divide(bias, scale), -LARGEST_BIAS, LARGEST_BIAS))

@@ -27,7 +27,7 @@ def student_optimizer(method: Method) -> optax.GradientTransformation:
     if method.student_optimizer == "sgd":
         update = optax.sgd(rate, momentum=method.student_momentum, nesterov=True)
     else:
-        update = optax.adam(rate)
+        update = optax.adam(rate, eps=method.adam_epsilon)
     return optax.chain(
         optax.clip_by_global_norm(method.gradient_clip),
         optax.add_decayed_weights(method.student_weight_decay),
@@ -45,14 +45,14 @@ def generator_optimizer(method: Method) -> optax.GradientTransformation:
     )
     return optax.chain(
         optax.clip_by_global_norm(method.gradient_clip),
-        optax.adam(rate, b1=method.generator_beta1, b2=0.999),
+        optax.adam(rate, b1=method.generator_beta1, b2=0.999, eps=method.adam_epsilon),
     )
 
 
 def noise_optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
     """Adam with reduce-on-plateau (x 0.1) for images optimised from noise."""
     return optax.chain(
-        optax.adam(method.noise_learning_rate, b1=method.generator_beta1, b2=0.999),
+        optax.adam(method.noise_learning_rate, b1=method.generator_beta1, b2=0.999, eps=method.adam_epsilon),
         optax.contrib.reduce_on_plateau(
             factor=0.1,
             patience=method.noise_plateau_patience,

@@ -1,0 +1,400 @@
+"""lrq_jax.ops: every fast form against the plain operation, and integers against int64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lrq_jax.ops import convolution, depthwise, upsample
+from lrq_jax.ops.convolution import conv2d, integer_conv2d, integer_dense
+from lrq_jax.ops.depthwise import depthwise_conv
+from lrq_jax.ops.straight_through import round_through, straight_through
+from lrq_jax.ops.upsample import upsample_conv3x3, upsample_nearest
+
+NO_PADDING = ((0, 0), (0, 0))
+FAST = {"xla_backend_optimization_level": 0}  # these programs run once: compiling them is the cost
+
+
+def _normal(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def _plain(x, kernel, strides=(1, 1), padding=NO_PADDING, dilation=(1, 1), groups=1):
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, rhs_dilation=dilation, feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+
+def _assert_same(ours, plain, x, kernel, weights):
+    """Asserts equal values and equal gradients of `sum(weights * value)`; returns the value."""
+
+    def value_and_gradients(function, x, kernel):
+        value, pullback = jax.vjp(function, x, kernel)
+        return value, *pullback(jnp.broadcast_to(weights, value.shape).astype(value.dtype))
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def both(x, kernel):  # made anew each time: no trace of another platform's form is reused
+        return [value_and_gradients(function, x, kernel) for function in (ours, plain)]
+
+    found, expected = both(x, kernel)
+    _assert_close(found, expected)
+    return found[0]
+
+
+def _assert_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-4)
+
+
+def _lowered(function, platform, *shapes):
+    """The program a platform would run, as text; needs no such device."""
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+# ---- depthwise ---------------------------------------------------------------------------------
+
+WINDOWS = {
+    "3x3": ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),
+    "5x5": ((5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1)),
+    "7x7 dilation 3": ((7, 7), (1, 1), ((9, 9), (9, 9)), (3, 3)),
+    "3x3 stride 2": ((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1)),
+    "5x5 stride 2, rest left over": ((5, 5), (2, 2), NO_PADDING, (1, 1)),
+    "TensorFlow's padding": ((3, 3), (2, 2), ((0, 1), (1, 0)), (1, 1)),
+    "nothing symmetric": ((2, 4), (3, 1), ((0, 2), (5, 1)), (2, 1)),
+    "padding beyond the reach": ((2, 3), (1, 2), ((4, 3), (0, 6)), (1, 1)),
+    "one tap": ((1, 1), (2, 3), ((1, 0), (0, 0)), (1, 1)),
+}
+
+
+@pytest.fixture(params=["here", "elsewhere"])
+def platform(request, monkeypatch):
+    """Both forms of whatever is chosen per platform, run on this machine."""
+    if request.param == "elsewhere":
+        chosen = []
+
+        def default_form(*arguments, cpu, default):
+            chosen.append(cpu)
+            return default(*arguments)
+
+        monkeypatch.setattr(lax, "platform_dependent", default_form)
+        yield request.param
+        assert chosen, "no other form was taken"
+    else:
+        yield request.param
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_depthwise_is_the_grouped_convolution_in_value_and_both_gradients(
+    window, platform, rng, naive_conv2d
+):
+    size, *settings = WINDOWS[window]
+    x, kernel = _normal(rng, 2, 13, 12, 5), _normal(rng, *size, 1, 5)
+    weights = _normal(rng, 1, 1, 1, 5) + _normal(rng, 2, 1, 1, 1)
+    value = _assert_same(
+        lambda x, k: depthwise_conv(x, k, *settings),
+        lambda x, k: _plain(x, k, *settings, 5),
+        x, kernel, weights,
+    )  # fmt: skip
+    expected = naive_conv2d(np.float64(x), np.float64(kernel), *settings, 5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", ["7x7 dilation 3", "nothing symmetric"])
+def test_depthwise_forms_of_the_cpu_on_any_machine(window, rng):
+    size, *settings = WINDOWS[window]
+    x, kernel = _normal(rng, 2, 13, 12, 3), _normal(rng, *size, 1, 3)
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def both(x, kernel):
+        value, pullback = jax.vjp(lambda x, k: depthwise._grouped(x, k, *settings), x, kernel)
+        grad = jnp.cos(value) + 1
+        by_hand = (
+            depthwise._shifted_products(x, kernel, *settings),
+            depthwise._input_gradient(x.shape, kernel, grad, *settings),
+            depthwise._kernel_gradient(x, kernel.shape, grad, *settings),
+        )
+        return by_hand, (value, *pullback(grad))
+
+    _assert_close(*both(x, kernel))
+
+
+def test_depthwise_under_jit_and_vmap(rng):
+    settings = ((2, 1), ((1, 2), (0, 1)), (1, 2))
+    x, kernel = _normal(rng, 3, 2, 9, 8, 4), _normal(rng, 3, 3, 1, 4)
+    function = jax.jit(jax.grad(lambda x, k: jnp.sum(depthwise_conv(x, k, *settings) ** 2), (0, 1)))
+    plain = jax.grad(lambda x, k: jnp.sum(_plain(x, k, *settings, 4) ** 2), (0, 1))
+    many = jax.vmap(function, (0, None))(x, kernel)
+    for i in range(3):
+        _assert_close([g[i] for g in many], plain(x[i], kernel))
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", "tpu"])
+def test_each_platform_is_lowered_to_its_own_form(target):
+    """On the CPU no grouped convolution may be left; elsewhere it must be, and no loop."""
+    window = ((1, 1), ((2, 2), (2, 2)), (1, 1))
+
+    def depthwise_gradients(x, k):
+        return jax.grad(lambda x, k: jnp.sum(depthwise_conv(x, k, *window) ** 2), (0, 1))(x, k)
+
+    def upsample_gradients(x, k):
+        return jax.grad(lambda x, k: jnp.sum(upsample_conv3x3(x, k) ** 2), (0, 1))(x, k)
+
+    text = _lowered(depthwise_gradients, target, (2, 6, 6, 4), (5, 5, 1, 4))
+    if target == "cpu":
+        assert "stablehlo.convolution" not in text
+    else:
+        assert "stablehlo.convolution" in text
+        assert "stablehlo.while" not in text
+    text = _lowered(upsample_gradients, target, (2, 6, 6, 4), (3, 3, 4, 4))
+    assert text.count("stablehlo.convolution") == (2 if target == "cpu" else 3)
+
+
+# ---- upsampling --------------------------------------------------------------------------------
+
+
+def test_upsample_nearest_repeats_each_pixel(rng):
+    x = _normal(rng, 2, 3, 5, 4)
+    expected = np.empty((2, 6, 10, 4), np.float32)
+    for i in range(6):
+        for j in range(10):
+            expected[:, i, j] = x[:, i // 2, j // 2]
+    np.testing.assert_array_equal(upsample_nearest(jnp.asarray(x)), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3, 5), (1, 1, 1, 2, 1), (3, 5, 2, 1, 4)])
+def test_merged_upsampling_is_upsampling_then_convolution(shape, platform, rng, naive_conv2d):
+    batch, height, width, channels, features = shape
+    x, kernel = _normal(rng, batch, height, width, channels), _normal(rng, 3, 3, channels, features)
+    weights = _normal(rng, 1, 2 * height, 2 * width, features)
+    same = ((1, 1), (1, 1))
+    value = _assert_same(
+        upsample_conv3x3,
+        lambda x, k: _plain(upsample_nearest(x), k, padding=same),
+        x, kernel, weights,
+    )  # fmt: skip
+    upsampled = np.float64(x).repeat(2, axis=1).repeat(2, axis=2)
+    expected = naive_conv2d(upsampled, np.float64(kernel), padding=same)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_upsampling_does_fewer_products():
+    def products(function):
+        program = jax.jit(function).lower(jnp.ones((1, 8, 8, 16)), jnp.ones((3, 3, 16, 16)))
+        return program.compile().cost_analysis()["flops"]
+
+    plain = products(lambda x, k: _plain(upsample_nearest(x), k, padding=((1, 1), (1, 1))))
+    assert products(upsample_conv3x3) < plain / 1.6  # 2.25 without the border of this small map
+
+
+# ---- conv2d ------------------------------------------------------------------------------------
+
+CONVOLUTIONS = {
+    "plain": ((3, 2, 6, 4), {}),
+    "everything": (
+        (3, 2, 6, 4),
+        {"strides": (2, 1), "padding": ((1, 0), (2, 3)), "dilation": (1, 2)},
+    ),
+    "groups": ((3, 3, 3, 4), {"groups": 2, "padding": ((1, 1), (1, 1))}),
+    "depthwise": ((3, 3, 1, 6), {"groups": 6, "strides": (1, 2), "padding": ((0, 1), (1, 1))}),
+    "two filters a channel": ((3, 3, 1, 12), {"groups": 6}),
+    "1x1": ((1, 1, 6, 4), {}),
+    "1x1 strides": ((1, 1, 6, 4), {"strides": (2, 3)}),
+    "1x1 padding": ((1, 1, 6, 4), {"padding": ((1, 2), (0, 3))}),
+    "1x1 both": (
+        (1, 1, 6, 4),
+        {"strides": (3, 2), "padding": ((2, 0), (1, 1)), "dilation": (2, 2)},
+    ),
+    "1x1 stride beyond the image": ((1, 1, 6, 4), {"strides": (20, 20)}),
+    "1x1 groups": ((1, 1, 3, 4), {"groups": 2, "strides": (2, 2)}),
+    "1x1 depthwise": ((1, 1, 1, 6), {"groups": 6, "strides": (2, 2)}),
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_conv2d_equals_the_definition_and_its_gradients_the_plain_ones(case, rng, naive_conv2d):
+    shape, settings = CONVOLUTIONS[case]
+    x, kernel = _normal(rng, 2, 9, 8, 6), _normal(rng, *shape)
+    weights = _normal(rng, 2, 1, 1, shape[3])
+    value = _assert_same(
+        functools.partial(conv2d, **settings),
+        functools.partial(_plain, **settings),
+        x, kernel, weights,
+    )  # fmt: skip
+    expected = naive_conv2d(np.float64(x), np.float64(kernel), **settings)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_1x1_convolution_is_a_matrix_product():
+    text = _lowered(functools.partial(conv2d, strides=(2, 2)), "cpu", (2, 8, 8, 3), (1, 1, 3, 5))
+    assert "stablehlo.dot_general" in text
+    assert "stablehlo.convolution" not in text
+
+
+# ---- exact integers ----------------------------------------------------------------------------
+
+LARGEST = 255 * 255
+WINDOW = {"strides": (2, 1), "padding": ((1, 0), (0, 2)), "dilation": (1, 2)}
+INTEGERS = {
+    # name: input shape, kernel shape, settings, smallest |code|
+    "short sum": ((2, 5, 5, 8), (3, 3, 8, 4), {}, 0),
+    "long sum": ((1, 4, 4, 512), (3, 3, 512, 3), {"padding": ((1, 1), (1, 1))}, 200),
+    "long sum, window": ((1, 5, 4, 300), (3, 2, 300, 3), WINDOW, 200),
+    "1x1": ((1, 3, 3, 2000), (1, 1, 2000, 3), {"strides": (2, 2)}, 200),
+    "groups": ((1, 4, 4, 800), (3, 3, 400, 4), {"groups": 2, **WINDOW}, 200),
+    "one filter a group": ((1, 4, 4, 800), (3, 3, 400, 2), {"groups": 2}, 200),
+    "short groups": ((1, 4, 4, 6), (3, 3, 2, 6), {"groups": 3}, 200),
+    "depthwise": ((1, 7, 7, 6), (5, 5, 1, 6), {"groups": 6}, 200),
+    "one channel over 2^24": ((1, 19, 19, 3), (17, 17, 3, 4), {"padding": ((1, 1), (0, 0))}, 240),
+    "depthwise over 2^24": ((1, 19, 20, 2), (17, 18, 1, 2), {"groups": 2}, 240),
+}
+
+
+def _codes(rng, smallest, *shape):
+    """Integers mostly of one sign, so that sums are as large as they can be."""
+    return rng.integers(smallest, 256, shape) * np.where(rng.random(shape) < 0.01, -1, 1)
+
+
+def _int32_result(total, bias):
+    """float32(int32 accumulator + int32 bias), with the accumulator checked to fit."""
+    exact = total + bias
+    assert np.abs(exact).max() < 2**31
+    return exact.astype(np.float32)
+
+
+@pytest.mark.parametrize("case", INTEGERS)
+def test_integer_convolution_is_exact(case, rng, naive_conv2d):
+    image, shape, settings, smallest = INTEGERS[case]
+    x, kernel = _codes(rng, smallest, *image), _codes(rng, smallest, *shape)
+    bias = rng.integers(-(2**30), 2**30, shape[3])
+    bias[:2] = 2**24 + 96, 0  # beyond exact floats, where a small sum must be rounded once; none
+    bias = bias.astype(np.float32)  # what a float32 can hold
+    expected = _int32_result(naive_conv2d(x, kernel, **settings), bias.astype(np.int64))
+    arguments = (jnp.float32(x), jnp.float32(kernel), jnp.asarray(bias))
+    exact = functools.partial(integer_conv2d, largest_product=LARGEST, **settings)
+    found = jax.jit(exact)(*arguments)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_integer_convolution_at_the_largest_sums_there_are():
+    for sign in (1, -1):
+        x, kernel = jnp.full((1, 3, 3, 512), 255.0), jnp.full((3, 3, 512, 2), sign * 255.0)
+        bias = jnp.float32([sign * 2**30, 1])
+        found = integer_conv2d(x, kernel, bias, largest_product=LARGEST)  # not under jit
+        total = sign * 9 * 512 * LARGEST
+        expected = np.float32([total + sign * 2**30, total + 1])
+        np.testing.assert_array_equal(found[0, 0, 0], expected)
+
+
+def test_codes_of_few_bits_take_one_convolution():
+    """W4A4 sums fit float32: the price of exactness must then be nothing."""
+    shapes = ((1, 4, 4, 512), (3, 3, 512, 8), (8,))
+    text = _lowered(functools.partial(integer_conv2d, largest_product=225), "cpu", *shapes)
+    assert text.count("stablehlo.convolution") == 1
+    text = _lowered(functools.partial(integer_conv2d, largest_product=LARGEST), "cpu", *shapes)
+    depth = (2**24 - 1) // (9 * LARGEST)
+    assert text.count("stablehlo.convolution") >= -(-512 // depth)
+
+
+@pytest.mark.parametrize("case", INTEGERS)
+def test_integer_convolution_needs_no_integer_convolution_of_the_platform(case):
+    """XLA has none for GPUs: it refuses int32 convolutions there."""
+    image, shape, settings, _ = INTEGERS[case]
+    exact = functools.partial(integer_conv2d, largest_product=LARGEST, **settings)
+    text = _lowered(exact, "cuda", image, shape, shape[3:])
+    lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert not [line for line in lines if "i32>" in line]
+    assert lines or "stablehlo.dot_general" in text
+
+
+@pytest.mark.parametrize("case", ["short sum", "long sum, window", "groups", "depthwise over 2^24"])
+def test_integer_convolution_has_the_gradient_of_the_plain_one(case, rng):
+    image, shape, settings, smallest = INTEGERS[case]
+    x = jnp.float32(_codes(rng, smallest, *image))
+    kernel = jnp.float32(_codes(rng, smallest, *shape))
+    bias = jnp.float32(rng.integers(-100, 100, shape[3]))
+    exact = functools.partial(integer_conv2d, largest_product=LARGEST, **settings)
+    size = jax.eval_shape(exact, x, kernel, bias).shape
+    weights = jnp.float32(_normal(rng, *size))
+
+    def plain(x, kernel, bias):
+        return conv2d(x, kernel, **settings) + bias
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def both(*arguments):
+        return [jax.vjp(function, *arguments)[1](weights) for function in (exact, plain)]
+
+    for one, other in zip(*both(x, kernel, bias), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("depth", "smallest"), [(16, 0), (257, 0), (260, 255), (5000, 200)])
+def test_integer_dense_is_exact_with_the_plain_gradient(depth, smallest, rng):
+    x, kernel = _codes(rng, smallest, 3, depth), _codes(rng, smallest, depth, 4)
+    bias = np.float32([2**24 + 96, -(2**30), 2**30, 5])
+    expected = _int32_result(x @ kernel, bias.astype(np.int64))
+    arguments = (jnp.float32(x), jnp.float32(kernel), jnp.asarray(bias))
+    exact = functools.partial(integer_dense, largest_product=LARGEST)
+    np.testing.assert_array_equal(jax.jit(exact)(*arguments), expected)
+    weights = jnp.float32(_normal(rng, 3, 4))
+
+    @jax.jit
+    def both(*arguments):
+        plain = lambda x, k, b: jnp.dot(x, k) + b  # noqa: E731
+        return [jax.vjp(function, *arguments)[1](weights) for function in (exact, plain)]
+
+    for one, other in zip(*both(*arguments), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_chunk_is_the_largest_that_stays_exact():
+    for term in (1, 225, LARGEST, 9 * LARGEST, 2**23, 2**24 - 1):
+        count = convolution._chunk(term)
+        assert count * term < 2**24 <= (count + 1) * term
+    assert convolution._chunk(2**25) == 1
+
+
+# ---- straight-through --------------------------------------------------------------------------
+
+AWKWARD = np.float32([-0.0, 1e-45, 1e30, -3.4e38, 16777217, 0.1, np.inf, np.nan])
+
+
+def test_straight_through_is_bit_exact_and_the_surrogate_is_not_in_the_value():
+    for surrogate in (np.float32(AWKWARD * 0.1), np.full_like(AWKWARD, np.nan)):
+        for function in (straight_through, jax.jit(straight_through), jax.vmap(straight_through)):
+            found = np.asarray(function(jnp.asarray(AWKWARD), jnp.asarray(surrogate)))
+            np.testing.assert_array_equal(found.view(np.uint32), AWKWARD.view(np.uint32))
+
+
+def test_straight_through_differentiates_the_surrogate_alone(rng):
+    x, y = jnp.asarray(_normal(rng, 5)), jnp.asarray(_normal(rng, 5))
+    weights = jnp.asarray(_normal(rng, 5))
+
+    def loss(x, y):
+        return jnp.sum(weights * straight_through(jnp.floor(x) * 7 + y, jnp.sin(x)))
+
+    for gradient in (jax.grad(loss, (0, 1)), jax.jit(jax.grad(loss, (0, 1)))):
+        by_x, by_y = gradient(x, y)
+        np.testing.assert_allclose(by_x, weights * jnp.cos(x), rtol=1e-6)
+        np.testing.assert_array_equal(by_y, 0)
+    value, tangent = jax.jvp(straight_through, (x, y), (weights, 2 * weights))
+    np.testing.assert_array_equal(value, x)
+    np.testing.assert_array_equal(tangent, 2 * weights)
+
+
+def test_round_through_rounds_half_to_even_with_gradient_one():
+    x = jnp.float32([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 2.4999998, 1e9, -0.3])
+    np.testing.assert_array_equal(round_through(x), np.float32([-2, -2, 0, 0, 2, 2, 2, 1e9, 0]))
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(round_through(x)))(x), 1)
+
+
+def test_private_forms_exist_under_the_names_the_tests_take_them_by():
+    assert upsample.conv2d is conv2d
+    assert depthwise.lax is lax, "the platform fixture replaces lax.platform_dependent"
