@@ -107,6 +107,8 @@ def short_schedule(config: ConfigDict, *, steps: int, warmup_steps: int = 150) -
     method.student_weight_decay = 0.0
     method.generator_schedule = "cosine"
     method.temperature = 4.0
+    method.noise_batches = 2
+    method.noise_iterations = 250
     return config
 
 

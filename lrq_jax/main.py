@@ -10,12 +10,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lrq_jax import config as embedded_config
 from lrq_jax.config import resolve
 from lrq_jax.console import say
+from lrq_jax.paths import cache_directory
 from lrq_jax.quantize import load_eval_data, quantize, step_spec, summary
 from lrq_jax.readers.store import load_teacher
 from lrq_jax.sharding import data_mesh
@@ -39,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         _exit(REFUSED, f"found arguments {argv[1:]}, expected flags only: --config.FIELD=VALUE")
     logging.set_verbosity(logging.ERROR)  # orbax reports each array it writes
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
     try:
         teacher = load_teacher(_CONFIG.value.teacher.path)
         settings = resolve(_CONFIG.value, image_size=max(teacher.graph.input_shape[:2]))

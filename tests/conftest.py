@@ -1,4 +1,11 @@
-"""Small fixtures shared by the tests of arithmetic."""
+"""Small fixtures shared by the tests, and eight simulated devices for all of them."""
+
+import os
+
+# Before jax starts: the same programs run on one device and on eight.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import numpy as np
 import pytest

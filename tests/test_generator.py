@@ -271,8 +271,8 @@ def test_attention_block_is_its_formula(rng, naive_conv2d):
     np.testing.assert_allclose(jax.jit(large_kernel_attention)(params, x), inner, atol=1e-5)
 
 
-def test_attention_reaches_21_pixels_and_not_one_more(rng):
-    """VAN: dw5x5 then dw7x7 dilated 3 is a 23x23 reach with holes closed: 11 pixels each way."""
+def test_attention_sees_11_pixels_each_way_without_holes(rng):
+    """2 of the 5x5 and 9 of the dilated 7x7: with dilation 3 after a 5x5 nothing is left out."""
     x = jnp.asarray(rng.standard_normal((1, 41, 41, 3)), jnp.float32)
     params = _attention_params(rng, 3)
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(attention_block(params, x)[0, 20, 20])))(x)

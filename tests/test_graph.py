@@ -359,6 +359,14 @@ def test_a_graph_never_changes():
     assert renamed.shapes == graph.shapes
 
 
+def test_layers_that_differ_in_one_setting_differ():
+    """Graphs are static arguments of compiled steps: a difference unseen is a wrong program."""
+    for layer in _everything().layers:
+        for field in dataclasses.fields(layer):
+            other = dataclasses.replace(layer, **{field.name: "other"})
+            assert other != layer, (layer, field.name)
+
+
 def test_default_names_are_unique_whatever_names_are_given(rng):
     net = GraphBuilder("n", input_shape=(2, 2, 1))
     names = [INPUT]

@@ -12,6 +12,7 @@ import numpy as np
 
 from lrq_jax.data import folder as folder_lib
 from lrq_jax.data.pixels import decode_image
+from lrq_jax.paths import cache_directory
 
 Example = tuple[np.ndarray, int]
 
@@ -85,8 +86,7 @@ def load_data(
 
 def _load_folder(path: str, cache_dir: str | None) -> EvalData:
     images = folder_lib.list_images(path)
-    cache = cache_dir or os.environ.get("LRQ_CACHE") or os.path.join("~", ".cache", "lrq_jax")
-    made = folder_lib.build(images, os.path.expanduser(cache))
+    made = folder_lib.build(images, str(cache_dir or cache_directory()))
     _, source = _open(made, folder_lib.SPLIT)
     return EvalData(
         name=os.path.basename(images.root) or images.root,

@@ -278,7 +278,9 @@ def _activation(layer: L.Activation, operation: Operation, source: Source, clip_
                 x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
     """An activation on its own: a table over the input's codes."""
     real = apply_layer(layer, {}, dequantize(x.codes, x.parameters))
-    return _requantize(operation, source, clip_mask, lambda scale: divide(real, scale), lambda: real)
+    return _requantize(
+        operation, source, clip_mask, lambda scale: divide(real, scale), lambda: real
+    )
 
 
 @_run.register
@@ -286,4 +288,6 @@ def _concat(layer: L.Concat, operation: Operation, source: Source, clip_mask: bo
             *inputs: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
     """Every input brought to the output's scale."""
     real = jnp.concatenate([dequantize(x.codes, x.parameters) for x in inputs], axis=-1)
-    return _requantize(operation, source, clip_mask, lambda scale: divide(real, scale), lambda: real)
+    return _requantize(
+        operation, source, clip_mask, lambda scale: divide(real, scale), lambda: real
+    )

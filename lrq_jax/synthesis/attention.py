@@ -19,7 +19,7 @@ from lrq_jax.synthesis.initializers import affine_init
 
 
 def large_kernel_attention(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """`x * attention(x)` with a 21x21 reach (VAN, equations 1 and 2).
+    """`x * attention(x)` in place of a 21x21 convolution; it sees 23x23 (VAN, equations 1 and 2).
 
     Args:
       params: `{"local", "dilated", "mix"}`, each `{"kernel", "bias"}`.

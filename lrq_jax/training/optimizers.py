@@ -52,7 +52,9 @@ def generator_optimizer(method: Method) -> optax.GradientTransformation:
 def noise_optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
     """Adam with reduce-on-plateau (x 0.1) for images optimised from noise."""
     return optax.chain(
-        optax.adam(method.noise_learning_rate, b1=method.generator_beta1, b2=0.999, eps=method.adam_epsilon),
+        optax.adam(
+            method.noise_learning_rate, b1=method.generator_beta1, b2=0.999, eps=method.adam_epsilon
+        ),
         optax.contrib.reduce_on_plateau(
             factor=0.1,
             patience=method.noise_plateau_patience,

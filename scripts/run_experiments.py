@@ -1,0 +1,158 @@
+"""Runs a suite of experiments, one `lrq_jax.main` after another, and files their reports.
+
+    python scripts/run_experiments.py --suite r20_cifar10 --teacher DIR --data DIR --out results
+
+Each finished run is one line of OUT/SUITE.jsonl: its report with the cell's name, command, commit
+and machine. Cells already there are skipped and an interrupted one resumes from its checkpoint,
+so the command can be repeated until it is done. With --jobs 2 two runs share the machine, each
+on its own part of the processors; `processors` in the log says how many a run had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import platform
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+R20 = {
+    **{f"lrq seed {seed}": [f"--config.seed={seed}"] for seed in (0, 1, 2)},
+    "lrq paper placement": ["--config.student.placement=paper"],
+    "gdfq": ["--config.method.preset=gdfq"],
+    "lrq_released": ["--config.method.preset=lrq_released"],
+    "lrq ranges only": ["--config.steps=0"],
+    "lrq ranges only, paper placement": ["--config.steps=0", "--config.student.placement=paper"],
+}
+ABLATIONS = {
+    "no attention": ["--config.method.attention=none"],
+    "no margin": ["--config.method.ama_weight=0.0"],
+    "plain distillation": ["--config.method.student_loss=kd"],
+}
+SUITES = {
+    "r20_cifar10": ("configs/r20_cifar10.py", R20),
+    "r20_cifar10_ablation": (
+        "configs/r20_cifar10.py",
+        {
+            f"{name} seed {seed}": [*flags, f"--config.seed={seed}"]
+            for seed in (0, 1)
+            for name, flags in ABLATIONS.items()
+        },
+    ),
+    "r20_cifar100": ("configs/r20_cifar100.py", {"lrq seed 0": []}),
+    "digits": (
+        "configs/digits.py",
+        {
+            **{f"W4A4 seed {seed}": [f"--config.seed={seed}"] for seed in (0, 1, 2)},
+            "W3A3 seed 0": ["--config.student.weight_bits=3", "--config.student.act_bits=3"],
+        },
+    ),
+}
+"""Suite -> config and {cell: flags}."""
+
+
+def main() -> None:
+    """Parses the command line and runs the suite's missing cells."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=sorted(SUITES), required=True)
+    parser.add_argument("--teacher", help="converted teacher; default: the config's")
+    parser.add_argument("--data", help="folder of labelled test images; default: the config's")
+    parser.add_argument("--out", default="results", type=Path)
+    parser.add_argument("--runs", default="runs", type=Path, help="where run directories go")
+    parser.add_argument("--jobs", default=1, type=int, help="runs at a time")
+    parser.add_argument("--only", help="cells whose name holds this text")
+    arguments = parser.parse_args()
+    config, cells = SUITES[arguments.suite]
+    log = arguments.out / f"{arguments.suite}.jsonl"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    lines = log.read_text().splitlines() if log.exists() else []
+    done = {json.loads(line)["cell"] for line in lines}
+    inputs = []
+    if arguments.teacher:
+        inputs.append(f"--config.teacher.path={arguments.teacher}")
+    if arguments.data:
+        inputs += ["--config.data.name=", f"--config.data.path={arguments.data}"]
+    shares = _processor_shares(arguments.jobs)
+    lock = threading.Lock()
+
+    def run(cell: str) -> None:
+        workdir = arguments.runs / arguments.suite / cell.replace(" ", "_").replace(",", "")
+        flags = [f"--config={config}", *cells[cell]]
+        share = shares.get()
+        try:
+            _run(flags + inputs, workdir, share)
+        finally:
+            shares.put(share)
+        report = json.loads((workdir / "report.json").read_text())
+        for part in ("teacher_path", "data_path"):
+            report["settings"][part] = Path(report["settings"][part]).name
+        entry = {
+            "cell": cell,
+            "command": " ".join(["python -m lrq_jax.main", *flags]),
+            "commit": _commit(),
+            "machine": _machine(),
+            "processors": len(share),
+            **report,
+        }
+        with lock, open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(f"{cell}: drop {report['drop']}, student {report['student']['top1']}", flush=True)
+
+    missing = [cell for cell in cells if cell not in done and (arguments.only or "") in cell]
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        for future in concurrent.futures.as_completed([pool.submit(run, c) for c in missing]):
+            future.result()
+
+
+def _processor_shares(jobs: int) -> queue.Queue[set[int]]:
+    """The processors this process may use, dealt out evenly."""
+    processors = sorted(os.sched_getaffinity(0))
+    shares: queue.Queue[set[int]] = queue.Queue()
+    for job in range(jobs):
+        shares.put(set(processors[job::jobs]))
+    return shares
+
+
+def _run(flags: list[str], workdir: Path, processors: set[int]) -> None:
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with open(workdir.parent / f"{workdir.name}.log", "a", encoding="utf-8") as output:
+        command = [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *flags]
+        subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, processors),
+        )
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _machine() -> str:
+    """Processor model and count, without names of hosts."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return f"{model}, {os.cpu_count()} processors"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The host loop: resuming, killing, diverging, the pool of noise images."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_steps import tiny_settings
+
+from lrq_jax.config import RunSettings
+from lrq_jax.quantize import quantize, step_spec
+from lrq_jax.readers.store import load_teacher
+from lrq_jax.sharding import data_mesh
+from lrq_jax.training import noise_pool
+from lrq_jax.training.compilation import put_replicated
+from lrq_jax.training.loop import TrainingDiverged
+from lrq_jax.writers.codes import load_student
+
+REPOSITORY = Path(__file__).parents[1]
+TINY_RUN = (
+    "--config.steps=40",
+    "--config.method.warmup_steps=6",
+    "--config.method.calibration_start=2",
+    "--config.method.calibration_steps=4",
+    "--config.method.batch_size=8",
+    "--config.method.generator_width=8",
+    "--config.checkpoint_every=4",
+    "--config.log_every=1",
+    "--config.images_every=1000",
+)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher("digits")
+
+
+def codes_of(workdir):
+    return jax.tree_util.tree_leaves_with_path(load_student(workdir / "student")[1])
+
+
+def assert_same_codes(first, second):
+    pairs = list(zip(codes_of(first), codes_of(second), strict=True))
+    assert pairs
+    for (path, a), (other, b) in pairs:
+        assert path == other
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def start(workdir):
+    """The command line, as a person starts it, on one device."""
+    command = [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *TINY_RUN]
+    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "HOME": str(workdir)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_a_killed_run_ends_with_the_codes_of_an_undisturbed_one(tmp_path):
+    undisturbed = start(tmp_path / "whole")
+    output, _ = undisturbed.communicate(timeout=600)
+    assert undisturbed.returncode == 0, output
+
+    process = start(tmp_path / "killed")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 600
+    while not (metrics.exists() and '"phase": "training"' in metrics.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "report.json").exists(), "killed too late to prove anything"
+
+    resumed = start(tmp_path / "killed")
+    output, _ = resumed.communicate(timeout=600)
+    assert resumed.returncode == 0, output
+    assert "resuming after step" in output
+    assert_same_codes(tmp_path / "whole", tmp_path / "killed")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    numbers = [line["step"] for line in lines]
+    assert numbers == sorted(set(numbers)) == list(range(1, 47))
+
+
+def test_a_diverging_run_names_step_terms_and_checkpoint(teacher, tmp_path):
+    settings = tiny_settings(
+        student_optimizer="sgd", student_learning_rate=1e30, student_schedule="constant"
+    )
+    settings = RunSettings(
+        **{**vars(settings), "log_every": 1, "checkpoint_every": 2, "precision": "highest"}
+    )
+    with pytest.raises(TrainingDiverged) as raised:
+        quantize(teacher, settings, None, tmp_path / "run")
+    message = str(raised.value)
+    assert "not finite at step" in message
+    assert "student/loss" in message
+    assert str(tmp_path / "run" / "checkpoints" / "2") in message
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_an_interrupted_pool_is_finished_with_the_same_images(teacher, tmp_path, monkeypatch):
+    spec = step_spec(teacher, tiny_settings(images="noise"), data_mesh(1))
+    variables = put_replicated(teacher.variables, spec.mesh)
+    whole = noise_pool.synthesize_pool(spec, variables, tmp_path / "whole", seed=3)
+    assert whole.images.shape == (16, 16, 16, 1)
+    assert whole.labels.shape == (16,)
+    assert not np.array_equal(whole.images[:8], whole.images[8:])
+
+    real, calls = noise_pool._optimise, []
+
+    def fails_in_the_second_batch(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(noise_pool, "_optimise", fails_in_the_second_batch)
+    with pytest.raises(KeyboardInterrupt):
+        noise_pool.synthesize_pool(spec, variables, tmp_path / "cut", seed=3)
+    monkeypatch.setattr(noise_pool, "_optimise", real)
+    finished = noise_pool.synthesize_pool(spec, variables, tmp_path / "cut", seed=3)
+    np.testing.assert_array_equal(whole.images, finished.images)
+    np.testing.assert_array_equal(whole.labels, finished.labels)
+    other = noise_pool.synthesize_pool(spec, variables, tmp_path / "other", seed=4)
+    assert not np.array_equal(whole.images, other.images)
+
+
+@pytest.mark.parametrize("preset", ["lrq_released", "gdfq"])
+@pytest.mark.parametrize("placement", ["integer", "paper"])
+def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, placement):
+    from lrq_jax.config import base_config, resolve
+
+    config = base_config()
+    config.method.preset = preset
+    config.student.placement = placement
+    config.steps = 2
+    for name, value in {
+        "batch_size": 8,
+        "warmup_steps": 2,
+        "calibration_steps": 2,
+        "generator_width": 8,
+        "noise_batches": 1,
+        "noise_batch_size": 8,
+        "noise_iterations": 2,
+    }.items():
+        config.method[name] = value
+    settings = resolve(config, image_size=16)
+    report = quantize(teacher, settings, None, tmp_path / "run")
+    assert report["preset"] == preset
+    assert report["placement"] == placement
+    assert report["images"] == 0
+    assert report["drop"] is None
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 4
+    assert (tmp_path / "run" / "pool").exists() == (preset == "lrq_released")

@@ -1,0 +1,227 @@
+"""The training steps: what they update, how they shard, and that their ingredients are real."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from lrq_jax.config import base_config, resolve
+from lrq_jax.quantize import step_spec
+from lrq_jax.readers.store import load_teacher
+from lrq_jax.sharding import data_mesh
+from lrq_jax.training import steps
+from lrq_jax.training.compilation import compile_step, put_replicated
+from lrq_jax.training.loop import phases
+
+
+def tiny_settings(**method):
+    """Settings of a few steps on the digits teacher; `method` overrides fields of the Method."""
+    config = base_config()
+    tiny = {
+        "batch_size": 16,
+        "warmup_steps": 2,
+        "calibration_start": 1,
+        "calibration_steps": 1,
+        "generator_width": 16,
+        "latent_dim": 8,
+        "noise_batches": 2,
+        "noise_batch_size": 8,
+        "noise_iterations": 3,
+    }
+    for name, value in {**tiny, **method}.items():
+        config.method[name] = value
+    config.steps = 3
+    return resolve(config, image_size=16)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher("digits")
+
+
+def run_steps(teacher, settings, functions, devices=1):
+    """State and metrics of each step in turn."""
+    mesh = data_mesh(devices)
+    spec = step_spec(teacher, settings, mesh)
+    variables = put_replicated(teacher.variables, mesh)
+    state = put_replicated(steps.initial_state(spec, variables, settings.seed), mesh)
+    history = []
+    for function in functions:
+        program = compile_step(function, state, variables, mesh=mesh, spec=spec)
+        state, metrics = program(state, variables)
+        history.append({name: float(value[0]) for name, value in metrics.items()})
+    return state, history, program
+
+
+def test_each_step_updates_what_it_should_and_nothing_else(teacher):
+    settings = tiny_settings()
+    spec = step_spec(teacher, settings, None)
+    variables = jax.tree.map(jax.numpy.asarray, teacher.variables)
+    before = steps.initial_state(spec, variables, 0)
+
+    def changed(function, state):
+        after, _ = jax.jit(functools.partial(function, spec=spec))(state, variables)
+        names = {
+            name
+            for name in ("generator", "centers")
+            if any(
+                not np.array_equal(a, b)
+                for a, b in zip(
+                    jax.tree.leaves(getattr(state, name)),
+                    jax.tree.leaves(getattr(after, name)),
+                    strict=True,
+                )
+            )
+        }
+        for part in ("params", "batch_stats", "quant"):
+            pairs = zip(
+                jax.tree.leaves(state.student[part]),
+                jax.tree.leaves(after.student[part]),
+                strict=True,
+            )
+            if any(not np.array_equal(a, b) for a, b in pairs):
+                names.add(f"student.{part}")
+        assert int(after.step) == int(state.step) + 1
+        return names, after
+
+    names, state = changed(steps.warmup_step, before)
+    assert names == {"generator", "centers"}
+    names, state = changed(steps.calibration_step, state)
+    assert names == {"generator", "centers", "student.quant"}
+    names, state = changed(steps.joint_step, state)
+    assert names == {"generator", "centers", "student.params"}
+
+
+def test_every_student_parameter_gets_a_gradient(teacher):
+    spec = step_spec(teacher, tiny_settings(), None)
+    variables = jax.tree.map(jax.numpy.asarray, teacher.variables)
+    state = steps.initial_state(spec, variables, 0)
+    state, _ = jax.jit(functools.partial(steps.calibration_step, spec=spec))(state, variables)
+    images = jax.random.normal(jax.random.key(1), (16, 16, 16, 1))
+    labels = jax.numpy.arange(16) % 10
+    gradient = jax.jit(jax.grad(steps.student_loss, has_aux=True), static_argnames="spec")
+    logits = jax.random.normal(jax.random.key(2), (16, 10))
+    grads, _ = gradient(state.student["params"], state.student, images, labels, logits, spec=spec)
+    zero = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+        if not np.any(np.asarray(leaf))
+    ]
+    assert not zero
+
+
+def test_the_student_loss_leaves_the_generator_alone(teacher):
+    """The student trains on images as they are: no gradient flows back through them."""
+    base, other = tiny_settings(), tiny_settings(distill_weight=100.0, dkd_beta=0.5)
+    states = [run_steps(teacher, s, [steps.joint_step])[0] for s in (base, other)]
+    for a, b in zip(*(jax.tree.leaves(s.generator) for s in states), strict=True):
+        np.testing.assert_array_equal(a, b)
+    kernels = [s.student["params"]["classifier"]["kernel"] for s in states]
+    assert not np.array_equal(*kernels)
+
+
+@pytest.mark.parametrize(
+    "switched",
+    [
+        {"attention": "none"},
+        {"ama_weight": 0.0},
+        {"student_loss": "kd", "kd_reduction": "batch_mean"},
+        {"ama_center": "classifier"},
+    ],
+    ids=["attention", "margin", "decoupled distillation", "centres"],
+)
+def test_each_ingredient_of_the_paper_changes_program_and_result(teacher, switched):
+    def compiled(settings):
+        state, history, program = run_steps(teacher, settings, [steps.joint_step] * 2)
+        return state, history, program.as_text()
+
+    full = compiled(tiny_settings(ama_lower=1.9))  # a hinge that is sure to fire
+    without = compiled(tiny_settings(**{"ama_lower": 1.9, **switched}))
+    assert full[2] != without[2]
+    assert full[1][1]["student/loss"] != without[1][1]["student/loss"]
+    kernels = [run[0].student["params"]["classifier"]["kernel"] for run in (full, without)]
+    assert not np.array_equal(*kernels)
+
+
+def test_one_device_equals_eight(teacher):
+    """Losses of three joint steps agree to 1e-5, and each device holds an eighth of the batch.
+
+    With Adam's usual epsilon the first update is the gradient's sign, which flips where the
+    gradient is rounding noise; a large epsilon makes the step a continuous function of it.
+    """
+    settings = tiny_settings(adam_epsilon=1e-2, student_optimizer="sgd")
+    functions = [steps.calibration_step, *[steps.joint_step] * 3]
+    _, one, _ = run_steps(teacher, settings, functions, devices=1)
+    _, eight, program = run_steps(teacher, settings, functions, devices=8)
+    for first, second in zip(one, eight, strict=True):
+        for name, value in first.items():
+            assert second[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    text = program.as_text()
+    assert "f32[2,16,16,16]" in text, "the batch of 16 is not split over 8 devices"
+    assert "f32[16,16,16,16]" not in text, "a device computes feature maps of the whole batch"
+    assert "all-reduce" in text
+
+
+def test_the_compiled_step_refuses_other_shapes_instead_of_recompiling(teacher):
+    settings = tiny_settings()
+    mesh = data_mesh(1)
+    spec = step_spec(teacher, settings, mesh)
+    variables = put_replicated(teacher.variables, mesh)
+    state = put_replicated(steps.initial_state(spec, variables, 0), mesh)
+    program = compile_step(steps.warmup_step, state, variables, mesh=mesh, spec=spec)
+    compilations = []
+    with jax.log_compiles(False):
+        listener = lambda event, *_, **__: compilations.append(event)  # noqa: E731
+        jax.monitoring.register_event_duration_secs_listener(listener)
+        for _ in range(3):
+            state, _ = program(state, variables)
+        jax.block_until_ready(state)
+    assert not [event for event in compilations if "compile" in event]
+    with pytest.raises((TypeError, ValueError)):
+        program(state._replace(step=jax.numpy.zeros((2,), jax.numpy.int32)), variables)
+
+
+def test_several_steps_a_dispatch_equal_single_ones(teacher):
+    settings = tiny_settings(adam_epsilon=1e-2)
+    mesh = data_mesh(1)
+    spec = step_spec(teacher, settings, mesh)
+    variables = put_replicated(teacher.variables, mesh)
+
+    def after(count, calls):
+        state = put_replicated(steps.initial_state(spec, variables, 0), mesh)
+        program = compile_step(
+            steps.warmup_step, state, variables, mesh=mesh, count=count, spec=spec
+        )
+        losses = []
+        for _ in range(calls):
+            state, metrics = program(state, variables)
+            losses.append(np.asarray(metrics["generator/loss"]))
+        return np.concatenate(losses), int(state.step)
+
+    losses, count = after(3, 1)
+    expected, expected_count = after(1, 3)
+    assert count == expected_count == 3
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+def test_phases_cover_every_step_once(teacher):
+    for method in (
+        {"warmup_steps": 7, "calibration_start": 2, "calibration_steps": 3},
+        {"warmup_steps": 3, "calibration_start": 0, "calibration_steps": 3},
+        {"warmup_steps": 3, "images": "noise"},
+    ):
+        settings = tiny_settings(**method)
+        plan = phases(step_spec(teacher, settings, None))
+        covered = [step for phase in plan for step in range(phase.start, phase.stop)]
+        assert covered == list(range(settings.method.warmup_steps + settings.method.steps))
+        calibrating = [p for p in plan if p.step is steps.calibration_step]
+        assert sum(p.stop - p.start for p in calibrating) == settings.method.calibration_steps
+        student = steps.pool_step if "images" in method else steps.joint_step
+        assert plan[-1].step is student
+
+
+def test_steps_are_static_descriptions_that_hash(teacher):
+    spec = step_spec(teacher, tiny_settings(), data_mesh(1))
+    assert hash(spec) == hash(dataclasses.replace(spec))
