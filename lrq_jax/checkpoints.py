@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +10,11 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from lrq_jax.console import quiet_logging
 from lrq_jax.sharding import replicated
 
 LOSS = "loss"
 _NO_LOSS = float("inf")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Orbax and absl log each array at information level: errors only, while this lasts."""
-    loggers = [logging.getLogger(name) for name in ("absl", "orbax")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 class TrainingCheckpoints:
@@ -53,7 +37,7 @@ class TrainingCheckpoints:
                 ),
             ]
         )
-        with quiet():
+        with quiet_logging():
             self._manager = ocp.CheckpointManager(
                 directory.resolve(),
                 options=ocp.CheckpointManagerOptions(preservation_policy=policy, create=True),
@@ -63,7 +47,7 @@ class TrainingCheckpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with quiet():
+        with quiet_logging():
             self._manager.close()
 
     @property
@@ -92,7 +76,7 @@ class TrainingCheckpoints:
         if step == self.latest_step:
             return
         metrics = {LOSS: _NO_LOSS if loss is None else float(loss)}
-        with quiet():
+        with quiet_logging():
             saved = self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
         if not saved:
             raise RuntimeError(
@@ -111,5 +95,5 @@ class TrainingCheckpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), like
         )
-        with quiet():
+        with quiet_logging():
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))

@@ -136,9 +136,14 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
     if config.steps is not None:
         chosen["steps"] = config.steps
     method = dataclasses.replace(base, **chosen)
-    student = QuantSpec(
-        **{**config.student.to_dict(), "overrides": tuple(config.student.overrides)}
-    )
+    try:
+        student = QuantSpec(
+            **{**config.student.to_dict(), "overrides": tuple(config.student.overrides)}
+        )
+    except ValueError as error:
+        raise ValueError(f"student.{error}") from error
+    if not 0 <= student.range_decay < 1:
+        raise ValueError(f"student.range_decay: found {student.range_decay}, expected 0 <= it < 1")
     for name in ("weight_observer", "act_observer"):
         if getattr(student, name) not in OBSERVERS:
             raise ValueError(
@@ -146,6 +151,8 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
             )
     if config.precision not in PRECISIONS:
         raise ValueError(f"precision: found {config.precision!r}, expected one of {PRECISIONS}")
+    if not 0 <= config.seed < 2**32:  # jax's keys drop further bits, silently
+        raise ValueError(f"seed: found {config.seed}, expected 0 to {2**32 - 1}")
     for name in ("eval_batch_size", "log_every", "checkpoint_every", "images_every"):
         if config[name] < 1:
             raise ValueError(f"{name}: found {config[name]}, expected at least 1")
@@ -169,6 +176,15 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
         checkpoint_every=config.checkpoint_every,
         images_every=config.images_every,
     )
+
+
+def field_names(config: dict[str, Any]) -> list[str]:
+    """Names of the fields of a nested dictionary, as the command line spells them: `data.path`."""
+    names = []
+    for key, value in config.items():
+        nested = field_names(value) if isinstance(value, dict) else []
+        names += [f"{key}.{name}" for name in nested] or [key]
+    return names
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -14,6 +17,20 @@ def say(message: str) -> None:
     """A line for the person who runs the command."""
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def quiet_logging() -> Iterator[None]:
+    """Orbax and absl log each array at information level: errors only, while this lasts."""
+    loggers = [logging.getLogger(name) for name in ("absl", "orbax")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class Progress:

@@ -54,7 +54,7 @@ def evaluate(forwards: dict[str, Forward], data: EvalData, preprocessing: Prepro
             )
         pixels = jax.device_put(batch.images, split_batch(mesh))
         logits = {name: jax.device_get(program(pixels)) for name, program in programs.items()}
-        reference = next(iter(logits.values())).argmax(-1)
+        reference = _best(next(iter(logits.values())))
         images += int(batch.mask.sum())
         for name, values in logits.items():
             counts[name] += _count(values, batch.labels, reference, batch.mask)
@@ -71,14 +71,20 @@ def evaluate(forwards: dict[str, Forward], data: EvalData, preprocessing: Prepro
 
 def _count(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> np.ndarray:  # fmt: skip
     """Numbers of images right at rank 1, right within rank 5, and classed as the reference."""
-    best = logits.argmax(-1)
+    best = _best(logits)
     # A tie or a NaN must not count as right: rank = classes not clearly below the label's.
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     rank = (~(logits < own)).sum(-1)
+    mask = mask & (best >= 0)
     return np.array(
         [
-            ((best == labels) & mask).sum(),
+            ((rank == 1) & mask).sum(),
             ((rank <= 5) & mask).sum(),
             ((best == reference) & mask).sum(),
         ]
     )
+
+
+def _best(logits: np.ndarray) -> np.ndarray:
+    """Class of each row's largest logit; -1 where one is NaN, for which argmax names its place."""
+    return np.where(np.isnan(logits).any(-1), -1, logits.argmax(-1))

@@ -7,15 +7,18 @@ Without --config: the embedded default (handwritten digits, a small residual tea
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lrq_jax import config as embedded_config
-from lrq_jax.config import resolve
+from lrq_jax.config import base_config, field_names, resolve
 from lrq_jax.console import say
 from lrq_jax.paths import cache_directory
 from lrq_jax.quantize import load_eval_data, quantize, step_spec, summary
@@ -23,6 +26,32 @@ from lrq_jax.readers.store import load_teacher
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training.loop import TrainingDiverged
 
+REFUSED = 2
+"""Exit code when nothing was started because the input cannot be used."""
+DIVERGED = 3
+"""Exit code when a loss stopped being finite."""
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    print(f"lrq_jax: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _check_names(names: Iterable[str], where: str) -> None:
+    """Refuses names that are no fields of a config, showing the fields they may stand for."""
+    known = field_names(base_config().to_dict())
+    for name in names:
+        if name not in known:
+            inside = [field for field in known if field.startswith(f"{name}.")]
+            close = inside or difflib.get_close_matches(name, known, n=5)
+            end = name.rpartition(".")[2]
+            close += [f for f in known if f.rpartition(".")[2] == end and f not in close]
+            _exit(REFUSED, f"{where}: found {name!r}, expected one of {close or known}")
+
+
+# ml_collections applies the overrides as the flag is defined, where a typo ends in a traceback.
+_OVERRIDES = [match[1] for arg in sys.argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", arg))]
+_check_names(_OVERRIDES, "--config.FIELD")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", embedded_config.__file__, "Config file, e.g. configs/r18.py; default: the digits."
 )
@@ -30,10 +59,35 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/latest", "Run directory; an unfinished run resumes."
 )
 
-REFUSED = 2
-"""Exit code when nothing was started because the input cannot be used."""
-DIVERGED = 3
-"""Exit code when a loss stopped being finite."""
+def _last_line(error: Exception) -> str:
+    """What an error says, without the traceback that ml_collections puts in front of it."""
+    return (str(error).strip().splitlines() or [""])[-1].strip()
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Flags parser for absl that ends in a message where absl's own shows a traceback."""
+    files = [match[1] for arg in argv if (match := re.match(r"--?config=(.*)", arg))]
+    where = f"--config={files[-1]}" if files else "--config"
+    try:
+        rest = flags.FLAGS(argv)
+        found = field_names(_CONFIG.value.to_dict())
+    except flags.Error as error:
+        _exit(REFUSED, f"{_last_line(error)}; --help shows the flags")
+    except Exception as error:  # the file is code: it can raise anything
+        _exit(
+            REFUSED,
+            f"{where}: found {type(error).__name__} ({_last_line(error)}), expected a Python file "
+            "with get_config(), such as configs/digits.py",
+        )
+    _check_names(found, where)
+    missing = sorted(set(field_names(base_config().to_dict())) - set(found))
+    if missing:
+        _exit(
+            REFUSED,
+            f"{where}: found no {missing}, expected every field; let get_config() start from "
+            "lrq_jax.config.base_config()",
+        )
+    return rest
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         step_spec(teacher, settings, data_mesh())
         data = load_eval_data(settings)
         report = quantize(teacher, settings, data, _WORKDIR.value)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         _exit(REFUSED, str(error))
     except TrainingDiverged as error:
         _exit(DIVERGED, str(error))
@@ -56,10 +110,5 @@ def main(argv: Sequence[str]) -> None:
     say(f"report: {_WORKDIR.value}/report.json")
 
 
-def _exit(code: int, message: str) -> None:
-    print(f"lrq_jax: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -8,7 +8,11 @@ is published.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+
+from lrq_jax.losses.distillation import REDUCTIONS
+from lrq_jax.synthesis.generator import ATTENTION_PLACES, CONDITIONINGS
 
 IMAGE_SOURCES = ("generator", "noise")
 STUDENT_LOSSES = ("dkd", "kd")
@@ -80,7 +84,10 @@ class Method:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("images", IMAGE_SOURCES),
+            ("conditioning", CONDITIONINGS),
+            ("attention", ATTENTION_PLACES),
             ("student_loss", STUDENT_LOSSES),
+            ("kd_reduction", REDUCTIONS),
             ("student_optimizer", OPTIMIZERS),
             ("student_schedule", SCHEDULES),
             ("generator_schedule", SCHEDULES),
@@ -91,14 +98,30 @@ class Method:
                     f"method.{name}: found {getattr(self, name)!r}, expected one of {allowed}"
                 )
         for name in ("batch_size", "calibration_steps", "latent_dim", "generator_width",
-                     "noise_batches", "noise_batch_size", "noise_iterations"):  # fmt: skip
+                     "noise_batches", "noise_batch_size", "noise_iterations",
+                     "noise_plateau_patience"):  # fmt: skip
             self._check(name, minimum=1)
         for name in ("steps", "warmup_steps", "calibration_start", "class_weight", "bns_weight",
-                     "ama_weight", "ce_weight", "distill_weight", "dkd_beta"):  # fmt: skip
+                     "ama_weight", "ce_weight", "distill_weight", "dkd_beta",
+                     "student_weight_decay", "noise_bns_weight"):  # fmt: skip
             self._check(name, minimum=0)
         for name in ("temperature", "gradient_clip", "student_learning_rate",
-                     "generator_learning_rate", "noise_learning_rate", "adam_epsilon"):  # fmt: skip
+                     "generator_learning_rate", "noise_learning_rate", "noise_smallest_rate",
+                     "adam_epsilon"):  # fmt: skip
             self._check(name, minimum=1e-12)
+        for name in ("student_momentum", "generator_beta1"):  # at 1 an average never moves
+            self._check(name, minimum=0, maximum=0.9999)
+        for name in ("noise_lowest_target", "noise_augment_probability"):
+            self._check(name, minimum=0, maximum=1)
+        self._check("ama_margin", minimum=0, maximum=math.pi)
+        for name in ("ama_lower", "ama_upper"):  # of 1 - cosine
+            self._check(name, minimum=0, maximum=2)
+        for name in ("student_milestones", "generator_milestones"):
+            if not all(isinstance(step, int) and step >= 0 for step in getattr(self, name)):
+                raise ValueError(
+                    f"method.{name}: found {getattr(self, name)!r}, expected steps: whole numbers "
+                    "of at least 0"
+                )
         if self.calibration_start + self.calibration_steps > self.warmup_steps:
             raise ValueError(
                 f"method: found calibration until step {self.calibration_start} + "
@@ -106,10 +129,12 @@ class Method:
                 "to end within the warm-up; lower calibration_steps or raise warmup_steps"
             )
 
-    def _check(self, name: str, *, minimum: float) -> None:
-        if not getattr(self, name) >= minimum:  # also refuses NaN
+    def _check(self, name: str, *, minimum: float, maximum: float = math.inf) -> None:
+        value = getattr(self, name)
+        if not minimum <= value <= maximum or value == math.inf:  # also refuses NaN
+            wanted = "finite" if maximum == math.inf else f"at most {maximum:.6g}"
             raise ValueError(
-                f"method.{name}: found {getattr(self, name)}, expected at least {minimum}"
+                f"method.{name}: found {value}, expected at least {minimum}, {wanted}"
             )
 
 

@@ -13,7 +13,7 @@ import jax
 from lrq_jax import __version__
 from lrq_jax.config import RunSettings
 from lrq_jax.console import say
-from lrq_jax.data import EvalData, Preprocessing, load_data
+from lrq_jax.data import EvalData, Preprocessing, load_data, preprocess
 from lrq_jax.evaluation import Accuracy, evaluate
 from lrq_jax.passes import Student, float_logits, frozen_logits, student_forward
 from lrq_jax.readers.teacher import Teacher, teacher_hash
@@ -34,7 +34,7 @@ def normalised_range(preprocessing: Preprocessing) -> tuple[float, float]:
     return min(-mean / std for mean, std in pairs), max((1 - mean) / std for mean, std in pairs)
 
 
-def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh) -> StepSpec:
+def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh | None) -> StepSpec:  # fmt: skip
     """The static description of a run's training steps.
 
     Raises:
@@ -46,12 +46,18 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh) 
         spec=settings.student,
         input_range=normalised_range(teacher.preprocessing),
     )
-    _ = student.operations  # refuses impossible overrides now, not at the first step
-    if method.batch_size % mesh.devices.size:
-        raise ValueError(
-            f"method.batch_size: found {method.batch_size}, expected a multiple of the "
-            f"{mesh.devices.size} devices"
-        )
+    try:
+        _ = student.operations  # refuses impossible overrides now, not at the first step
+    except ValueError as error:
+        raise ValueError(f"student.{error}") from error
+    names = ("batch_size", "noise_batch_size") if method.images == "noise" else ("batch_size",)
+    devices = 1 if mesh is None else mesh.devices.size
+    for name in names:
+        if getattr(method, name) % devices:
+            raise ValueError(
+                f"method.{name}: found {getattr(method, name)}, expected a multiple of the "
+                f"{devices} devices"
+            )
     generator = GeneratorSpec(
         image_shape=teacher.graph.input_shape,
         num_classes=teacher.graph.num_classes,
@@ -70,6 +76,25 @@ def load_eval_data(settings: RunSettings) -> EvalData | None:
     return load_data(name=settings.data_name, path=settings.data_path, split=settings.data_split)
 
 
+def check_data(data: EvalData, teacher: Teacher) -> None:
+    """Finds out now, not after the training, whether the images are ones for this teacher.
+
+    Raises:
+      ValueError: more classes than the teacher has, or a first image of a wrong size.
+    """
+    classes = teacher.graph.num_classes
+    if data.class_names is not None and len(data.class_names) > classes:
+        raise ValueError(
+            f"data {data.name!r}: found {len(data.class_names)} classes, expected the {classes} of "
+            "the teacher; is it the right dataset for this teacher?"
+        )
+    image, _ = data.source[0]
+    try:
+        preprocess(image, teacher.preprocessing)
+    except ValueError as error:
+        raise ValueError(f"data {data.name!r}, image 0: {error}") from error
+
+
 def quantize(teacher: Teacher, settings: RunSettings, data: EvalData | None, workdir: str | Path) -> dict[str, Any]:  # fmt: skip
     """Quantizes a teacher without data and reports.
 
@@ -86,12 +111,14 @@ def quantize(teacher: Teacher, settings: RunSettings, data: EvalData | None, wor
       The report, as written to `workdir/report.json`.
 
     Raises:
-      ValueError: settings the network does not admit.
+      ValueError: settings the network does not admit, or data that is not for this teacher.
       FileExistsError: `workdir` holds a run with other settings.
       TrainingDiverged: a loss stopped being finite.
     """
     mesh = data_mesh()
     spec = step_spec(teacher, settings, mesh)
+    if data is not None:
+        check_data(data, teacher)
     config = {**settings.to_dict(), "teacher_sha256": teacher_hash(teacher)}
     run = RunDirectory(workdir, config)
     if run.report is not None:

@@ -19,9 +19,13 @@ CONFIG, METRICS, REPORT, TIMINGS = "config.json", "metrics.jsonl", "report.json"
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON through a temporary file, so that a killed process leaves the old one."""
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = _temporary(path)
     temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 class RunDirectory:
@@ -39,7 +43,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         config = json.loads(json.dumps(config))  # tuples become lists, as they will be read
         if (self.path / CONFIG).exists():
-            changed = differences(self._read(CONFIG), config)
+            changed = differences(self._earlier_config(), config)
             if changed:
                 raise FileExistsError(
                     f"workdir {path}: found a run with another config:\n  "
@@ -48,8 +52,9 @@ class RunDirectory:
                     "the run's own settings"
                 )
         else:
-            others = sorted(entry.name for entry in self.path.iterdir())
-            if others:
+            # A start killed while it wrote the config leaves its temporary file: no one else's.
+            names = {entry.name for entry in self.path.iterdir()} - {_temporary(self.path / CONFIG).name}
+            if others := sorted(names):
                 raise FileExistsError(
                     f"workdir {path}: found files but no {CONFIG}: {others[:5]}; expected an empty "
                     "directory or an earlier run's; choose another --workdir"
@@ -59,6 +64,18 @@ class RunDirectory:
 
     def _read(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def _earlier_config(self) -> dict[str, Any]:
+        try:
+            earlier = self._read(CONFIG)
+        except ValueError as error:
+            earlier = error
+        if not isinstance(earlier, dict):
+            raise FileExistsError(
+                f"workdir {self.path}: found a {CONFIG} that is not a run's ({earlier!r}), expected "
+                "an empty directory or an earlier run's; choose another --workdir"
+            )
+        return earlier
 
     @property
     def checkpoints(self) -> Path:
@@ -101,9 +118,11 @@ class RunDirectory:
 
         path = self.path / METRICS
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary = _temporary(path)
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, path)
         self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
@@ -145,7 +164,7 @@ def _step_of(line: str) -> float:
     """Step of a metrics line; a line cut short by a kill counts as later than any."""
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 
+from lrq_jax.console import quiet_logging
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import Graph, graph_from_dict, graph_to_dict
 from lrq_jax.readers.safetensors_file import read_safetensors_file
@@ -105,20 +104,6 @@ def _teacher(metadata: dict[str, Any], read: Callable[[Graph], Variables], where
 # --- directory -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax and absl log each array at information level: errors only, while this lasts."""
-    loggers = [logging.getLogger(name) for name in ("absl", "orbax")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def save_teacher(teacher: Teacher, directory: str | Path, *, overwrite: bool = False) -> None:
     """Writes a teacher directory: all of it or, on failure, nothing.
 
@@ -147,7 +132,7 @@ def save_teacher(teacher: Teacher, directory: str | Path, *, overwrite: bool = F
     workspace = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         made = workspace / "new"
-        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+        with quiet_logging(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(made / _VARIABLES, _filled(jax.device_get(teacher.variables)))
             checkpointer.wait_until_finished()
         files = {"files": _file_hashes(made / _VARIABLES)}
@@ -221,7 +206,7 @@ def _restore(path: Path, graph: Graph, file_hashes: dict[str, str]) -> Variables
         _filled(graph.variable_shapes()),
         is_leaf=lambda node: isinstance(node, tuple),
     )
-    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+    with quiet_logging(), ocp.StandardCheckpointer() as checkpointer:
         stored = flatten_variables(checkpointer.metadata(path).item_metadata.tree)
         wanted = flatten_variables(abstract)
         found = {name: describe_array(leaf) for name, leaf in stored.items()}
