@@ -158,7 +158,7 @@ def lrq_released(*, large_images: bool) -> Method:
         batch_size=16 if large_images else 256,
         warmup_steps=800,
         steps=30_200,
-        student_milestones=(20_000, 70_000) if large_images else (4_000, 8_000, 12_000),
+        student_milestones=(20_000, 40_000, 70_000) if large_images else (4_000, 8_000, 12_000),
         attention="after_block1" if large_images else "none",
         augment=True,
     )

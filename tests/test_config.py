@@ -1,0 +1,412 @@
+"""Configs: locked names, presets that fill what is left open, impossible values refused."""
+
+import dataclasses
+import importlib.util
+import math
+import typing
+from pathlib import Path
+
+import pytest
+
+from lrq_jax.config import (
+    RunSettings,
+    base_config,
+    differences,
+    field_names,
+    get_config,
+    resolve,
+    short_schedule,
+)
+from lrq_jax.method import LARGE_IMAGE, PRESETS, Method, preset
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+
+# For every field of Method a value that is neither any preset's nor impossible.
+OTHER_VALUES = {
+    "images": "noise",
+    "conditioning": "batch_norm",
+    "attention": "replace_block1",
+    "latent_dim": 7,
+    "generator_width": 24,
+    "batch_size": 40,
+    "warmup_steps": 5000,
+    "calibration_start": 3,
+    "calibration_steps": 11,
+    "class_weight": 2.5,
+    "bns_weight": 0.7,
+    "ama_weight": 0.4,
+    "ama_margin": 0.2,
+    "ama_lower": 0.1,
+    "ama_upper": 0.9,
+    "ama_center": "classifier",
+    "student_loss": "kd",
+    "ce_weight": 0.3,
+    "distill_weight": 3.0,
+    "dkd_beta": 2.0,
+    "temperature": 5.0,
+    "kd_reduction": "element_mean",
+    "student_optimizer": "adam",
+    "student_learning_rate": 0.25,
+    "student_schedule": "cosine",
+    "student_milestones": (1, 2),
+    "student_momentum": 0.5,
+    "student_weight_decay": 0.01,
+    "generator_learning_rate": 0.125,
+    "generator_beta1": 0.6,
+    "generator_schedule": "constant",
+    "generator_milestones": (3,),
+    "adam_epsilon": 1e-5,
+    "gradient_clip": 2.0,
+    "noise_batches": 3,
+    "noise_batch_size": 9,
+    "noise_iterations": 4,
+    "noise_learning_rate": 0.75,
+    "noise_plateau_patience": 5,
+    "noise_smallest_rate": 1e-3,
+    "noise_bns_weight": 0.6,
+    "noise_lowest_target": 0.8,
+    "noise_augment_probability": 0.25,
+    "augment": True,
+}
+
+
+def set_field(config, name, value):
+    """`config.a.b = value` for the name `a.b`."""
+    *groups, field = name.split(".")
+    for group in groups:
+        config = config[group]
+    config[field] = value
+
+
+def load_config_file(path):
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("stepz", "steps"),
+        ("student.weight_bit", "weight_bits"),
+        ("method.batchsize", "batch_size"),
+        ("data.pth", "path"),
+        ("metod.batch_size", "method"),
+    ],
+)
+def test_a_typo_in_a_field_is_refused_with_the_field_that_was_meant(typo, meant):
+    config = base_config()
+    with pytest.raises((AttributeError, KeyError)) as refusal:
+        set_field(config, typo, 4)
+    assert typo.split(".")[0 if meant == "method" else -1] in str(refusal.value)
+    assert f'"{meant}"' in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["steps", "student.weight_bits", "method.batch_size"])
+def test_a_value_of_another_type_is_refused(name):
+    with pytest.raises(TypeError, match=name.rpartition(".")[2]):
+        set_field(base_config(), name, "many")
+
+
+def test_configs_do_not_share_state():
+    base_config().method.batch_size = 3
+    assert base_config().method.batch_size is None
+    assert get_config().steps is not None
+    assert base_config().steps is None
+
+
+def test_field_names_spell_fields_as_the_command_line_does():
+    names = field_names(base_config().to_dict())
+    assert {"seed", "steps", "teacher.path", "student.overrides", "method.preset"} <= set(names)
+    assert not {"student", "method", "data", "method.steps"} & set(names)
+    assert len(names) == len(set(names))
+
+
+# --- presets and overrides -----------------------------------------------------------------------
+
+
+def test_every_field_of_the_method_has_another_value_below():
+    assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(Method)} - {"steps"}
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_VALUES))
+def test_every_field_of_the_method_can_be_set_and_is_the_presets_when_it_is_not(name):
+    for preset_name in PRESETS:
+        config = base_config()
+        config.method.preset = preset_name
+        before = resolve(config, image_size=16).method
+        assert before == preset(preset_name, image_size=16)
+        config.method.warmup_steps = 5000  # so that the calibration fits wherever it is moved
+        before = dataclasses.replace(before, warmup_steps=5000)
+        config.method[name] = OTHER_VALUES[name]
+        after = resolve(config, image_size=16).method
+        assert getattr(after, name) == OTHER_VALUES[name]
+        assert dataclasses.replace(after, **{name: getattr(before, name)}) == before
+        config.method[name] = None
+        config.method.warmup_steps = 5000 if name != "warmup_steps" else None
+        assert getattr(resolve(config, image_size=16).method, name) == getattr(
+            before if name != "warmup_steps" else preset(preset_name, image_size=16), name
+        )
+    assert any(  # and the value is not, by accident, what every preset has anyway
+        getattr(preset(preset_name, image_size=16), name) != OTHER_VALUES[name]
+        for preset_name in PRESETS
+    )
+
+
+def test_steps_are_the_configs_or_else_the_presets():
+    config = base_config()
+    assert resolve(config, image_size=32).method.steps == 80_000
+    config.method.preset = "lrq_released"
+    assert resolve(config, image_size=32).method.steps == 30_200
+    for steps in (0, 1, 123):
+        config.steps = steps
+        assert resolve(config, image_size=32).method.steps == steps
+
+
+def test_falsy_overrides_are_overrides():
+    config = base_config()
+    config.method.ama_weight = 0.0
+    config.method.student_milestones = ()
+    config.method.calibration_start = 0
+    method = resolve(config, image_size=16).method
+    assert (method.ama_weight, method.student_milestones) == (0.0, ())
+    config.method.preset = "lrq_released"
+    config.method.augment = False
+    assert resolve(config, image_size=16).method.augment is False
+
+
+def test_the_image_size_picks_the_presets_column():
+    config = base_config()
+    assert LARGE_IMAGE == 64
+    for size, batch in ((16, 200), (32, 200), (64, 200), (65, 16), (224, 16)):
+        assert resolve(config, image_size=size).method.batch_size == batch
+    config.method.batch_size = 24
+    large = resolve(config, image_size=224).method
+    assert (large.batch_size, large.conditioning) == (24, "batch_norm")
+
+
+def test_settings_carry_every_other_field_and_hash():
+    config = base_config()
+    config.teacher.path, config.data.path, config.data.split = "t", "p", "s"
+    config.data.name = ""
+    config.student.weight_bits, config.student.overrides = 3, ("conv1=w6a8",)
+    config.seed, config.precision, config.eval_batch_size = 5, "default", 7
+    config.steps_per_dispatch, config.log_every = 2, 3
+    config.checkpoint_every, config.images_every = 4, 6
+    settings = resolve(config, image_size=16)
+    expected = {
+        "teacher_path": "t",
+        "data_name": "",
+        "data_path": "p",
+        "data_split": "s",
+        "preset": "lrq",
+        "seed": 5,
+        "precision": "default",
+        "eval_batch_size": 7,
+        "steps_per_dispatch": 2,
+        "log_every": 3,
+        "checkpoint_every": 4,
+        "images_every": 6,
+    }
+    found = settings.to_dict()
+    assert {name: found[name] for name in expected} == expected
+    assert set(found) == set(expected) | {"student", "method"}
+    assert found["student"]["weight_bits"] == 3
+    assert found["student"]["overrides"] == ("conv1=w6a8",)
+    assert found["method"] == dataclasses.asdict(Method())
+    assert hash(settings) == hash(resolve(config, image_size=16))
+    assert {field.name for field in dataclasses.fields(RunSettings)} == set(found)
+
+
+# --- impossible values ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("student.weight_bits", 9),
+        ("student.weight_bits", 1),
+        ("student.act_bits", 0),
+        ("student.edge_bits", 16),
+        ("student.boundary_bits", -8),
+        ("student.policy", "X"),
+        ("student.policy", "u"),
+        ("student.placement", "float"),
+        ("student.weight_observer", "max"),
+        ("student.act_observer", ""),
+        ("student.range_decay", 1.0),
+        ("student.range_decay", -0.1),
+        ("student.range_decay", math.nan),
+        ("student.overrides", ("conv1=w9",)),
+        ("student.overrides", ("conv1",)),
+        ("method.preset", "lrqq"),
+        ("method.images", "photos"),
+        ("method.attention", "after_block2"),
+        ("method.conditioning", "none"),
+        ("method.student_loss", "mse"),
+        ("method.kd_reduction", "sum"),
+        ("method.student_optimizer", "lion"),
+        ("method.student_schedule", "linear"),
+        ("method.generator_schedule", "linear"),
+        ("method.ama_center", "median"),
+        ("method.batch_size", 0),
+        ("method.batch_size", -8),
+        ("method.latent_dim", 0),
+        ("method.generator_width", 0),
+        ("method.warmup_steps", -1),
+        ("method.calibration_steps", 0),
+        ("method.calibration_start", -1),
+        ("method.class_weight", -1.0),
+        ("method.bns_weight", math.nan),
+        ("method.ama_weight", math.inf),
+        ("method.ama_margin", math.nan),
+        ("method.ama_margin", 4.0),
+        ("method.ama_lower", math.nan),
+        ("method.ama_upper", -0.5),
+        ("method.ce_weight", -0.5),
+        ("method.distill_weight", math.inf),
+        ("method.dkd_beta", math.nan),
+        ("method.temperature", 0.0),
+        ("method.temperature", math.inf),
+        ("method.student_learning_rate", math.nan),
+        ("method.student_learning_rate", math.inf),
+        ("method.student_learning_rate", -1e-3),
+        ("method.student_momentum", 1.5),
+        ("method.student_momentum", math.nan),
+        ("method.student_weight_decay", -1e-4),
+        ("method.student_weight_decay", math.nan),
+        ("method.student_milestones", (-5,)),
+        ("method.student_milestones", ("x",)),
+        ("method.generator_milestones", (1.5,)),
+        ("method.generator_learning_rate", 0.0),
+        ("method.generator_beta1", 1.0),
+        ("method.generator_beta1", math.nan),
+        ("method.adam_epsilon", 0.0),
+        ("method.gradient_clip", 0.0),
+        ("method.noise_batches", 0),
+        ("method.noise_batch_size", 0),
+        ("method.noise_iterations", 0),
+        ("method.noise_learning_rate", -0.5),
+        ("method.noise_plateau_patience", 0),
+        ("method.noise_smallest_rate", 0.0),
+        ("method.noise_bns_weight", math.nan),
+        ("method.noise_lowest_target", 1.5),
+        ("method.noise_augment_probability", -0.1),
+        ("method.noise_augment_probability", 2.0),
+        ("precision", "exact"),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("eval_batch_size", 0),
+        ("steps_per_dispatch", -1),
+        ("log_every", 0),
+        ("checkpoint_every", -5),
+        ("images_every", 0),
+        ("steps", -1),
+    ],
+)
+def test_an_impossible_value_is_refused_by_name(name, value):
+    config = base_config()
+    set_field(config, name, value)
+    with pytest.raises(ValueError, match="found .*expected") as refusal:
+        resolve(config, image_size=16)
+    message = str(refusal.value)
+    asked = "method.steps" if name == "steps" else name
+    assert message.startswith(f"{asked}: found"), message
+    shown = value[0] if isinstance(value, tuple) else value
+    assert str(shown) in message
+    assert message.count("\n") == 0
+
+
+def test_a_calibration_outside_the_warmup_is_refused_with_the_way_out():
+    config = base_config()
+    config.method.warmup_steps = 10
+    with pytest.raises(ValueError, match=r"0 \+ 800 .*warm-up of 10 .*calibration_steps"):
+        resolve(config, image_size=16)
+    config.method.calibration_steps = 4
+    config.method.calibration_start = 6
+    resolve(config, image_size=16)
+    config.method.calibration_start = 7
+    with pytest.raises(ValueError, match="within the warm-up"):
+        resolve(config, image_size=16)
+
+
+# --- the files of configs/ -----------------------------------------------------------------------
+
+
+def test_the_issues_configs_are_there():
+    names = {path.name for path in CONFIGS}
+    assert {"digits.py", "r20_cifar10.py", "r20_cifar100.py", "r18.py"} <= names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_file_resolves_and_says_how_to_run_it(path):
+    module = load_config_file(path)
+    config = module.get_config()
+    assert config.is_locked
+    assert field_names(config.to_dict()) == field_names(base_config().to_dict())
+    for size in (16, 32, 224):
+        for name in PRESETS:
+            config.method.preset = name
+            resolve(config, image_size=size)
+    assert f"python -m lrq_jax.main --config=configs/{path.name}" in module.__doc__
+    for word in ("Command:", "Time:", "Expected:"):
+        assert word in module.__doc__
+    assert not (config.data.name and config.data.path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_flags_in_a_config_files_docstring_are_fields(path):
+    known = field_names(base_config().to_dict())
+    words = load_config_file(path).__doc__.split()
+    flags = [word.split("=")[0] for word in words if word.startswith("--config.")]
+    assert {flag.removeprefix("--config.") for flag in flags} <= set(known)
+
+
+def test_the_digits_config_is_what_runs_without_one():
+    (path,) = [path for path in CONFIGS if path.name == "digits.py"]
+    assert load_config_file(path).get_config().to_dict() == get_config().to_dict()
+    settings = resolve(get_config(), image_size=16)
+    assert (settings.teacher_path, settings.data_name) == ("digits", "digits")
+    assert (settings.student.weight_bits, settings.student.act_bits) == (4, 4)
+
+
+def test_the_short_schedule_ends_its_calibration_with_the_warmup():
+    for warmup in (40, 150):
+        config = short_schedule(base_config(), steps=9, warmup_steps=warmup)
+        method = resolve(config, image_size=32).method
+        assert method.calibration_start + method.calibration_steps == method.warmup_steps == warmup
+        assert method.steps == 9
+
+
+# --- differences ---------------------------------------------------------------------------------
+
+
+def test_differences_name_nested_fields_old_and_new():
+    old = {"a": 1, "b": {"c": 2, "d": {"e": [1, 2], "same": 0}}, "gone": None}
+    new = {"a": 1, "b": {"c": 3, "d": {"e": [1], "same": 0}}, "more": "x"}
+    assert differences(old, new) == [
+        "b.c: 2 -> 3",
+        "b.d.e: [1, 2] -> [1]",
+        "gone: None -> '(absent)'",
+        "more: '(absent)' -> 'x'",
+    ]
+    assert differences(old, old) == []
+    assert differences({"a": {"b": 1}}, {"a": 2}) == ["a: {'b': 1} -> 2"]
+
+
+def test_every_setting_is_told_apart():
+    """Any one changed field shows, alone, in the differences of two runs' settings."""
+    base = base_config()
+    base.method.warmup_steps = 6000
+    old = resolve(base, image_size=16).to_dict()
+    kinds = typing.get_type_hints(Method)
+    for name, value in OTHER_VALUES.items():
+        config = base_config()
+        config.method.warmup_steps = 6000
+        config.method[name] = value
+        lines = differences(old, resolve(config, image_size=16).to_dict())
+        assert [line.split(":")[0] for line in lines] == [f"method.{name}"], kinds[name]

@@ -1,0 +1,141 @@
+"""Presets hold the published constants, written out here a second time."""
+
+import dataclasses
+
+import pytest
+
+from lrq_jax.losses.distillation import REDUCTIONS
+from lrq_jax.method import PRESETS, Method, gdfq, lrq, lrq_released, preset
+from lrq_jax.synthesis.generator import ATTENTION_PLACES, CONDITIONINGS
+
+# method.md, section 4: an epoch is 200 steps. (CIFAR column, ImageNet column)
+SCHEDULES = {
+    "lrq": {
+        "steps": (400 * 200, 400 * 200),
+        "batch_size": (200, 16),
+        "warmup_steps": (4 * 200, 50 * 200),
+        "calibration_start": (0, 0),
+        "calibration_steps": (4 * 200, 4 * 200),
+        "student_optimizer": ("sgd", "sgd"),
+        "student_momentum": (0.9, 0.9),
+        "student_weight_decay": (1e-4, 1e-4),
+        "student_learning_rate": (1e-4, 1e-6),
+        "student_schedule": ("step", "step"),
+        "student_milestones": ((100 * 200, 200 * 200, 300 * 200),) * 2,
+        "generator_learning_rate": (1e-3, 1e-3),
+        "generator_beta1": (0.5, 0.5),
+        "generator_schedule": ("step", "step"),
+        "generator_milestones": ((100 * 200, 200 * 200, 300 * 200),) * 2,
+        "images": ("generator", "generator"),
+        "attention": ("after_block1", "after_block1"),
+        "conditioning": ("embedding", "batch_norm"),
+        "augment": (False, False),
+    },
+    "lrq_released": {
+        "steps": (151 * 200, 151 * 200),
+        "batch_size": (256, 16),
+        "warmup_steps": (4 * 200, 4 * 200),
+        "calibration_start": (0, 0),
+        "calibration_steps": (4 * 200, 4 * 200),
+        "student_optimizer": ("sgd", "sgd"),
+        "student_momentum": (0.9, 0.9),
+        "student_weight_decay": (1e-4, 1e-4),
+        "student_learning_rate": (1e-4, 1e-6),
+        "student_schedule": ("step", "step"),
+        "student_milestones": (
+            (20 * 200, 40 * 200, 60 * 200),
+            (100 * 200, 200 * 200, 350 * 200),
+        ),
+        "generator_learning_rate": (1e-3, 1e-3),
+        "generator_beta1": (0.5, 0.5),
+        "images": ("noise", "noise"),
+        "attention": ("none", "after_block1"),  # section 2: the last 32 px script has none
+        "conditioning": ("embedding", "batch_norm"),
+        "noise_batches": (4 * 5, 4 * 5),
+        "noise_batch_size": (256, 256),
+        "noise_iterations": (1000, 1000),
+        "noise_learning_rate": (0.5, 0.5),
+        "noise_plateau_patience": (50, 50),
+        "noise_smallest_rate": (1e-4, 1e-4),
+        "noise_augment_probability": (0.5, 0.5),
+        "augment": (True, True),
+    },
+}
+# method.md, section 3.
+LOSSES = {
+    "class_weight": 1.0,
+    "bns_weight": 0.1,
+    "noise_bns_weight": 1.0,
+    "ama_margin": 0.5,
+    "ama_lower": 0.3,
+    "ama_upper": 0.8,
+    "ama_center": "running_mean",
+    "student_loss": "dkd",
+    "ce_weight": 1.0,
+    "distill_weight": 1.0,
+    "dkd_beta": 8.0,
+    "temperature": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("large", [False, True], ids=["32 px", "224 px"])
+def test_presets_hold_the_published_schedule(name, large):
+    method = PRESETS[name](large_images=large)
+    expected = {field: columns[large] for field, columns in SCHEDULES[name].items()}
+    assert {field: getattr(method, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["lrq", "lrq_released"])
+@pytest.mark.parametrize("large", [False, True], ids=["32 px", "224 px"])
+def test_presets_hold_the_published_losses(name, large):
+    method = PRESETS[name](large_images=large)
+    assert {field: getattr(method, field) for field in LOSSES} == LOSSES
+    assert method.ama_weight > 0
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["32 px", "224 px"])
+def test_gdfq_is_lrq_without_its_three_ingredients(large):
+    """GDFQ's code: plain distillation at T = 20, KLDivLoss averaged over elements."""
+    base = dataclasses.asdict(lrq(large_images=large))
+    found = dataclasses.asdict(gdfq(large_images=large))
+    assert {name: value for name, value in found.items() if value != base[name]} == {
+        "attention": "none",
+        "ama_weight": 0.0,
+        "student_loss": "kd",
+        "temperature": 20.0,
+        "kd_reduction": "element_mean",
+    }
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("size", [16, 32, 64, 65, 224])
+def test_calibration_lies_inside_the_warmup(name, size):
+    method = preset(name, image_size=size)
+    assert 0 <= method.calibration_start
+    assert method.calibration_start + method.calibration_steps <= method.warmup_steps
+    assert method == PRESETS[name](large_images=size > 64)
+    assert method.attention in ATTENTION_PLACES
+    assert method.conditioning in CONDITIONINGS
+    assert method.kd_reduction in REDUCTIONS
+
+
+def test_calibration_past_the_warmup_is_refused():
+    with pytest.raises(ValueError, match=r"1 \+ 800 of a warm-up of 800"):
+        Method(calibration_start=1)
+    with pytest.raises(ValueError, match="warm-up of 0"):
+        Method(warmup_steps=0)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'LRQ', expected one of \['gdfq', 'lrq', 'lrq_released'"):
+        preset("LRQ", image_size=32)
+
+
+def test_methods_are_static_values():
+    assert hash(lrq(large_images=False)) == hash(Method())
+    assert lrq_released(large_images=True) != lrq_released(large_images=False)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Method().steps = 3
+    with pytest.raises(TypeError):
+        Method("generator")

@@ -1,0 +1,110 @@
+"""Real CIFAR teachers on real test images; skipped where the test assets are absent."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lrq_jax.data import EvalData, Preprocessing
+from lrq_jax.evaluation import evaluate
+from lrq_jax.passes import float_logits
+from lrq_jax.readers import convert_teacher
+from lrq_jax.sharding import data_mesh
+
+REPOSITORY = Path(__file__).parents[1]
+ASSETS = Path(os.environ.get("LRQ_ASSETS", REPOSITORY.parent / "shared" / "assets"))
+TILE, SIDE = 32, 50  # the mosaics of the assets: 50 x 50 tiles of 32 pixels
+
+pytestmark = pytest.mark.skipif(
+    not (ASSETS / "cifar10").is_dir(), reason=f"no test assets at {ASSETS}: set LRQ_ASSETS"
+)
+
+
+def test_images(dataset: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 `[N, 32, 32, 3]` and labels of a CIFAR test split."""
+    from PIL import Image
+
+    labels = np.load(ASSETS / dataset / "test_labels.npz")["y"]
+    tiles = []
+    for sheet in sorted((ASSETS / dataset).glob("test_*.webp")):
+        mosaic = np.asarray(Image.open(sheet).convert("RGB"))
+        tiles.append(mosaic.reshape(SIDE, TILE, SIDE, TILE, 3).swapaxes(1, 2))
+    images = np.concatenate([tile.reshape(-1, TILE, TILE, 3) for tile in tiles])[: len(labels)]
+    return images, labels
+
+
+test_images.__test__ = False
+
+
+@pytest.mark.parametrize(
+    ("file", "dataset", "images", "top1"),
+    [
+        ("cifar10/resnet20_akamaster.pt", "cifar10", 9977, 91.73),
+        ("cifar10/resnet20_forge.pt", "cifar10", 9977, 92.13),
+        ("cifar100/resnet20_forge.pt", "cifar100", 10000, 68.17),
+    ],
+)
+def test_converted_teachers_have_their_published_accuracy(file, dataset, images, top1):
+    teacher = convert_teacher(ASSETS / file)
+    pixels, labels = test_images(dataset)
+    data = EvalData(
+        name=dataset,
+        num_examples=len(labels),
+        class_names=None,
+        source=list(zip(pixels, labels.tolist(), strict=True)),
+    )
+    result = evaluate(
+        {"teacher": lambda x: float_logits(teacher.graph, teacher.variables, x)},
+        data,
+        teacher.preprocessing,
+        num_classes=teacher.graph.num_classes,
+        batch_size=500,
+        mesh=data_mesh(1),
+    )["teacher"]
+    assert result.images == images
+    assert round(result.top1, 2) == top1
+
+
+def test_logits_equal_pytorch_on_1000_test_images():
+    torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
+    from torch.nn import functional
+
+    file = ASSETS / "cifar10/resnet20_akamaster.pt"
+    teacher = convert_teacher(file)
+    pixels, _ = test_images("cifar10")
+    pixels = pixels[np.random.default_rng(0).permutation(len(pixels))[:1000]]
+    images = normalised(pixels, teacher.preprocessing)
+    ours = jax.jit(lambda x: float_logits(teacher.graph, teacher.variables, x))(images)
+
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+
+    def batch_norm(x, name):
+        keys = ("running_mean", "running_var", "weight", "bias")
+        return functional.batch_norm(x, *(state[f"{name}.{key}"] for key in keys), eps=1e-5)
+
+    with torch.inference_mode():
+        x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        x = functional.relu(
+            batch_norm(functional.conv2d(x, state["conv1.weight"], padding=1), "bn1")
+        )
+        for stage in (1, 2, 3):
+            for block in range(3):
+                name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+                y = functional.conv2d(x, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+                y = functional.relu(batch_norm(y, f"{name}.bn1"))
+                y = functional.conv2d(y, state[f"{name}.conv2.weight"], padding=1)
+                y = batch_norm(y, f"{name}.bn2")
+                if stride == 2:
+                    quarter = y.shape[1] // 4
+                    x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter))
+                x = functional.relu(y + x)
+        theirs = functional.linear(x.mean((2, 3)), state["linear.weight"], state["linear.bias"])
+    np.testing.assert_allclose(np.asarray(ours), theirs.numpy(), rtol=0, atol=1e-4)
+
+
+def normalised(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    mean, std = (np.asarray(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
+    return ((pixels.astype(np.float32) / 255 - mean) / std).astype(np.float32)
