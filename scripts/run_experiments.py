@@ -32,6 +32,7 @@ R20 = {
     "lrq ranges only, paper placement": ["--config.steps=0", "--config.student.placement=paper"],
 }
 ABLATIONS = {
+    "full": [],
     "no attention": ["--config.method.attention=none"],
     "no margin": ["--config.method.ama_weight=0.0"],
     "plain distillation": ["--config.method.student_loss=kd"],
@@ -41,7 +42,7 @@ SUITES = {
     "r20_cifar10_ablation": (
         "configs/r20_cifar10.py",
         {
-            f"{name} seed {seed}": [*flags, f"--config.seed={seed}"]
+            f"{name} seed {seed}": ["--config.steps=120", *flags, f"--config.seed={seed}"]
             for seed in (0, 1)
             for name, flags in ABLATIONS.items()
         },
@@ -70,15 +71,16 @@ def main() -> None:
     parser.add_argument("--only", help="cells whose name holds this text")
     arguments = parser.parse_args()
     config, cells = SUITES[arguments.suite]
+    arguments.out, arguments.runs = arguments.out.resolve(), arguments.runs.resolve()
     log = arguments.out / f"{arguments.suite}.jsonl"
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = log.read_text().splitlines() if log.exists() else []
     done = {json.loads(line)["cell"] for line in lines}
     inputs = []
     if arguments.teacher:
-        inputs.append(f"--config.teacher.path={arguments.teacher}")
+        inputs.append(f"--config.teacher.path={Path(arguments.teacher).resolve()}")
     if arguments.data:
-        inputs += ["--config.data.name=", f"--config.data.path={arguments.data}"]
+        inputs += ["--config.data.name=", f"--config.data.path={Path(arguments.data).resolve()}"]
     shares = _processor_shares(arguments.jobs)
     lock = threading.Lock()
 
