@@ -40,7 +40,14 @@ class TrainingCheckpoints:
         with quiet_logging():
             self._manager = ocp.CheckpointManager(
                 directory.resolve(),
-                options=ocp.CheckpointManagerOptions(preservation_policy=policy, create=True),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy,
+                    # Without a best_fn orbax writes no metrics, and a resumed run would not know
+                    # which checkpoint is the best; the policy decides what is kept.
+                    best_fn=lambda metrics: metrics[LOSS],
+                    best_mode="min",
+                    create=True,
+                ),
             )
 
     def __enter__(self) -> TrainingCheckpoints:
@@ -58,6 +65,7 @@ class TrainingCheckpoints:
     @property
     def best_step(self) -> int | None:
         """Step of the checkpoint of lowest student loss, None before the first student step."""
+        self._manager.wait_until_finished()  # a save under way has no metrics yet
         losses = {
             step: metrics[LOSS]
             for step in self._manager.all_steps()

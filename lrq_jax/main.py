@@ -50,7 +50,9 @@ def _check_names(names: Iterable[str], where: str) -> None:
 
 
 # ml_collections applies the overrides as the flag is defined, where a typo ends in a traceback.
-_OVERRIDES = [match[1] for arg in sys.argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", arg))]
+_OVERRIDES = [
+    match[1] for arg in sys.argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", arg))
+]
 _check_names(_OVERRIDES, "--config.FIELD")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", embedded_config.__file__, "Config file, e.g. configs/r18.py; default: the digits."
@@ -58,6 +60,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/latest", "Run directory; an unfinished run resumes."
 )
+
 
 def _last_line(error: Exception) -> str:
     """What an error says, without the traceback that ml_collections puts in front of it."""

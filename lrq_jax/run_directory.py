@@ -53,7 +53,9 @@ class RunDirectory:
                 )
         else:
             # A start killed while it wrote the config leaves its temporary file: no one else's.
-            names = {entry.name for entry in self.path.iterdir()} - {_temporary(self.path / CONFIG).name}
+            names = {entry.name for entry in self.path.iterdir()} - {
+                _temporary(self.path / CONFIG).name
+            }
             if others := sorted(names):
                 raise FileExistsError(
                     f"workdir {path}: found files but no {CONFIG}: {others[:5]}; expected an empty "

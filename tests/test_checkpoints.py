@@ -118,9 +118,14 @@ def test_an_earlier_step_is_refused_instead_of_silently_dropped(tmp_path):
 def test_leaving_waits_for_the_save_under_way(tmp_path, mesh):
     """Leaving by an exception as well: the last good checkpoint is what a person resumes from."""
     state = {"x": jnp.arange(2_000_000, dtype=jnp.float32)}
-    with pytest.raises(KeyboardInterrupt), TrainingCheckpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, 1.0)
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with TrainingCheckpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, state, 1.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     with TrainingCheckpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step == 1
         found = checkpoints.restore(1, state, mesh)

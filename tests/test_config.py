@@ -311,7 +311,7 @@ def test_settings_carry_every_other_field_and_hash():
 def test_an_impossible_value_is_refused_by_name(name, value):
     config = base_config()
     set_field(config, name, value)
-    with pytest.raises(ValueError, match="found .*expected") as refusal:
+    with pytest.raises(ValueError, match=r"found .*expected") as refusal:
         resolve(config, image_size=16)
     message = str(refusal.value)
     asked = "method.steps" if name == "steps" else name

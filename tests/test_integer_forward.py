@@ -4,14 +4,24 @@ import functools
 from fractions import Fraction
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lrq_jax.graph import INPUT, GraphBuilder
 from lrq_jax.graph import layers as L
-from lrq_jax.passes import QuantSpec, Student, calibrate, freeze
-from lrq_jax.passes.integer_forward import integer_forward
+from lrq_jax.passes import (
+    QuantSpec,
+    Student,
+    calibrate,
+    float_logits,
+    freeze,
+    plan_quantization,
+    student_forward,
+)
+from lrq_jax.passes.integer_forward import fused_multiply_add, integer_forward
+from lrq_jax.passes.student import frozen_logits, quantize_weights
 
 f32 = np.float32
 
@@ -316,3 +326,325 @@ def test_every_tensor_equals_the_naive_network(build, bits, policy):
     assert_same(
         student, all_tensors(student, frozen, images), naive_network(student, frozen, images)
     )
+
+
+def with_other_scales(student, frozen, seed):
+    """The same integers with scales of few decimal digits, under which sums fall on ties and
+    codes saturate at both ends, and random zero points where they are not 0."""
+    rng = np.random.default_rng(seed)
+    digits = np.array([0.01, 0.02, 0.03, 0.05, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5], f32)
+    bits = {op.output: op.output_bits for op in student.operations} | {INPUT: 8}
+    tensors = {
+        name: parameters._replace(
+            scale=jnp.float32(rng.choice(digits)),
+            zero_point=jnp.float32(
+                rng.integers(2 ** bits[name]) if float(parameters.zero_point) else 0
+            ),
+        )
+        for name, parameters in frozen["tensors"].items()
+    }
+    weights = {
+        name: value._replace(
+            scale=jnp.asarray(rng.choice(digits, value.scale.shape)),
+            bias=jnp.asarray(rng.integers(-60, 60, value.bias.shape), jnp.float32),
+        )
+        for name, value in frozen["weights"].items()
+    }
+    return {"weights": weights, "tensors": tensors}
+
+
+def tied_images(frozen, seed, batch=8):
+    """Pixels on, and one unit in the last place beside, the edges between image codes."""
+    rng = np.random.default_rng(seed)
+    scale, zero = (f32(value) for value in frozen["tensors"][INPUT])
+    shape = (batch, 8, 8, 3)
+    codes = rng.integers(-3, 258, shape).astype(f32) + f32(0.5) - zero
+    edges = codes * scale
+    step = rng.integers(-1, 2, shape)
+    edges = np.where(step, np.nextafter(edges, np.where(step > 0, f32(9e9), f32(-9e9))), edges)
+    return jnp.asarray(edges, jnp.float32)
+
+
+@pytest.mark.parametrize("build", GRAPHS)
+def test_ties_and_saturation_equal_the_naive_network(build):
+    """Jitted twice: the integers as arguments, and as constants a compiler may fold."""
+    student, _, frozen = calibrated(build, 4)
+    run = jax.jit(functools.partial(all_tensors, student))
+    for seed in range(4):
+        other = with_other_scales(student, frozen, seed)
+        images = tied_images(other, seed)
+        expected = naive_network(student, other, images)
+        assert_same(student, run(other, images), expected)
+    constants = jax.jit(lambda images: all_tensors(student, other, images))
+    assert_same(student, constants(images), expected)
+
+
+def test_sums_beyond_float32_are_exact():
+    student, _, frozen = calibrated(long_sums, 8, positive=True)
+    images = random_images(3, 2)
+    expected = naive_network(student, frozen, images)
+    largest = []
+    for operation in student.operations[1:]:
+        if operation.has_weights:
+            codes, zero, *_ = frozen["weights"][operation.layer.name]
+            kernel = np.asarray(codes - zero).astype(np.int64)
+            sums = naive_sums(operation.layer, expected[operation.inputs[0]].centred, kernel)
+            largest.append(np.abs(sums).max())
+    assert min(largest) > 2**24, "the test must reach beyond exact float32 sums"
+    assert_same(student, all_tensors(student, frozen, images), expected)
+
+
+def test_fused_multiply_add_rounds_once():
+    rng = np.random.default_rng(0)
+    n = 250_000
+
+    def signed(low, high):
+        return (rng.choice([-1, 1], n) * np.exp(rng.uniform(low, high, n))).astype(f32)
+
+    def odd_mantissas():
+        return (rng.integers(2**22, 2**23, n) * 2 + 1).astype(f32)
+
+    code = rng.integers(-256, 257, n).astype(f32)
+    ratio = np.abs(signed(-9, 9))
+    product = code * ratio
+    tied = odd_mantissas() * f32(2**-20)
+    cases = {
+        "any": (code, ratio, signed(-12, 12)),
+        "sums of two codes": (np.abs(code), ratio, np.abs(code[::-1]) * ratio[::-1]),
+        "cancellation": (code, ratio, -product),
+        "near cancellation": (code, ratio, -np.nextafter(product, signed(80, 81))),
+        "tiny addend decides a tie": (np.full(n, 128 + 1, f32), tied, signed(-60, -20)),
+        "tiny addend, any code": (np.abs(code), tied, signed(-40, -10)),
+        "tiny product": (code, ratio * f32(2**-30), odd_mantissas()),
+        "zero": (np.zeros(n, f32), ratio, signed(-3, 3)),
+    }
+    compiled = jax.jit(fused_multiply_add)
+    for name, values in cases.items():
+        expected = correct_fma(*values)
+        for run in (compiled, fused_multiply_add):
+            wrong = np.count_nonzero(np.asarray(run(*values)) != expected)
+            assert wrong == 0, f"{name}: {wrong} of {n} differ"
+        for i in range(60):  # the reference itself, against exact fractions
+            a, b, c = (Fraction(float(value[i])) for value in values)
+            assert nearest_float32(a * b + c) == expected[i], (name, i)
+
+
+# --- what the frozen integers are ----------------------------------------------------------------
+
+
+def is_integer(values, low, high):
+    values = np.asarray(values)
+    return (values == np.rint(values)).all() and (values >= low).all() and (values <= high).all()
+
+
+@pytest.mark.parametrize("policy", ["U", "R"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("build", GRAPHS)
+def test_frozen_numbers_are_integers_of_their_bits(build, bits, policy):
+    student, _, frozen = calibrated(build, bits, policy)
+    for operation in student.operations:
+        if operation.has_weights:
+            weights = frozen["weights"][operation.layer.name]
+            top = 2 ** (operation.weight_bits or 1) - 1
+            assert is_integer(weights.codes, 0, top)
+            assert is_integer(weights.zero_point, 0, top)
+            assert is_integer(weights.bias, -(2**31), 2**31 - 1)
+            assert (np.asarray(weights.scale) > 0).all()
+        if operation.output_bits is not None:
+            scale, zero = frozen["tensors"][operation.output]
+            assert is_integer(zero, 0, 2**operation.output_bits - 1)
+            assert float(scale) > 0
+            rectified = isinstance(operation.activation or operation.layer, L.Activation)
+            if rectified and (operation.activation or operation.layer).kind != "leaky_relu":
+                assert float(zero) == 0, "a ReLU saturates at its zero point"
+    assert set(frozen["weights"]) == {op.layer.name for op in student.operations if op.has_weights}
+
+
+def one_convolution(*, use_bias=True, relu=False):
+    net = GraphBuilder("one", input_shape=(8, 8, 3))
+    x = net.batch_norm(net.conv(net.image, 6, 3, use_bias=use_bias, name="conv"), name="bn")
+    x = net.relu(x) if relu else x
+    net.dense(net.global_pool(x, name="pool"), 5, name="classifier")
+    return net.build()
+
+
+def folded(gamma, seed=0, *, bits=4, input_scale=0.02):
+    """QuantizedWeights of a convolution behind which a batch norm has these gammas."""
+    graph = one_convolution()
+    spec = QuantSpec(weight_bits=bits, act_bits=bits)
+    variables = random_variables(graph, seed)
+    variables["params"]["bn"]["scale"] = jnp.asarray(gamma, jnp.float32)
+    operation = plan_quantization(graph, spec)[0]
+    return variables, quantize_weights(operation, variables, spec, jnp.float32(input_scale))
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_a_negative_gamma_reflects_the_code_book(bits):
+    gamma = np.linspace(0.3, 1.3, 6)
+    signs = np.array([1, -1, 1, -1, -1, 1])
+    _, plain = folded(gamma, bits=bits)
+    _, mixed = folded(gamma * signs, bits=bits)
+    centred = [np.asarray(w.codes - w.zero_point) for w in (plain, mixed)]
+    np.testing.assert_array_equal(centred[1], centred[0] * signs)
+    np.testing.assert_array_equal(plain.scale, mixed.scale)
+    top = 2**bits - 1
+    reflected = np.where(signs < 0, top - np.asarray(plain.codes), plain.codes)
+    np.testing.assert_array_equal(mixed.codes, reflected)
+    reflected = np.where(signs < 0, top - np.asarray(plain.zero_point), plain.zero_point)
+    np.testing.assert_array_equal(mixed.zero_point, reflected)
+
+
+def test_folding_is_exact_arithmetic():
+    """The real numbers behind the integers are the float network's, to half a code."""
+    variables, weights = folded([0.7, -1.2, 0.4, -0.3, 1.1, 0.9], bits=6)
+    bn, stats = variables["params"]["bn"], variables["batch_stats"]["bn"]
+    gain, mean = (
+        np.asarray(v, np.float64)
+        for v in (bn["scale"] / np.sqrt(np.float64(stats["var"]) + 1e-5), stats["mean"])
+    )
+    kernel = np.asarray(variables["params"]["conv"]["kernel"], np.float64)
+    bias = np.asarray(variables["params"]["conv"]["bias"], np.float64)
+    scale = np.asarray(weights.scale, np.float64)
+    real = np.asarray(weights.codes - weights.zero_point, np.float64) * scale
+    span = np.maximum(kernel.max((0, 1, 2)), 0) - np.minimum(kernel.min((0, 1, 2)), 0)
+    np.testing.assert_allclose(scale, span / 63 * np.abs(gain), rtol=1e-5)
+    inside = np.abs(real - kernel * gain) / scale
+    assert inside.max() < 1.001  # the zero point is rounded too, so an end may be a code away
+    assert np.mean(inside < 0.5001) > 0.9
+    bias = np.asarray(bn["bias"], np.float64) + (bias - mean) * gain
+    units = f32(0.02) * scale
+    assert np.abs(np.asarray(weights.bias) - bias / units).max() < 0.51
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e-12, -1e-12, 1e-30, 1e-42])
+def test_a_dead_channel_is_a_constant(gamma):
+    """Also where int32 could not hold the bias: it saturated, and the constant was lost."""
+    gammas = [0.7, gamma, 1.2, -0.5, gamma, 0.4]
+    variables, weights = folded(gammas)
+    dead = np.array([1, 4])
+    np.testing.assert_array_equal(
+        np.asarray(weights.codes)[..., dead],
+        np.broadcast_to(np.asarray(weights.zero_point)[dead], (3, 3, 3, 2)),
+    )
+    assert (np.asarray(weights.scale)[dead] == 1).all()
+    constant = np.asarray(variables["params"]["bn"]["bias"])[dead]
+    np.testing.assert_array_equal(
+        np.asarray(weights.bias)[dead], np.rint(constant / f32(0.02)).astype(f32)
+    )
+    alive = np.setdiff1d(np.arange(6), dead)
+    assert (np.asarray(weights.codes - weights.zero_point)[..., alive] != 0).any((0, 1, 2)).all()
+
+
+def test_a_kernel_of_zeros_keeps_its_bias():
+    graph = vgg_like()
+    student = Student(graph=graph, spec=QuantSpec(), input_range=(-2.0, 2.5))
+    variables = random_variables(graph)
+    first = graph.weighted[0].name
+    layer = variables["params"][first]
+    layer["kernel"] = layer["kernel"].at[..., 2].set(0)
+    layer["bias"] = layer["bias"].at[2].set(0.75)
+    variables = student.initial_variables(variables)
+    _, variables = calibrate(student, variables, random_images(1))
+    output = student.operations[0].output
+    real = student_forward(student, variables, random_images(2), (output,))[output]
+    step = float(freeze(student, variables)["tensors"][output].scale)
+    assert np.abs(np.asarray(real)[..., 2] - 0.75).max() < 0.51 * step + 0.02
+
+
+# --- properties of the whole ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("build", GRAPHS)
+def test_the_trained_forward_is_the_frozen_network(build, bits):
+    """Jitted training form against integers frozen outside of any jit."""
+    student, variables, frozen = calibrated(build, bits)
+    compiled = jax.jit(functools.partial(freeze, student))(variables)
+    biases = []
+    for name, tensor in frozen["tensors"].items():
+        np.testing.assert_array_equal(tensor, compiled["tensors"][name], err_msg=name)
+    for name, weights in frozen["weights"].items():
+        other = compiled["weights"][name]
+        np.testing.assert_array_equal(weights.codes, other.codes, err_msg=name)
+        np.testing.assert_array_equal(weights.zero_point, other.zero_point, err_msg=name)
+        np.testing.assert_allclose(weights.scale, other.scale, rtol=2e-7, err_msg=name)
+        biases.append(np.abs(np.asarray(weights.bias - other.bias)).max())
+    # `beta - mean*gain` in one kernel may be fused to a single rounding, out of it not: a bias
+    # code on an edge may move by one. Nothing else differs.
+    assert max(biases) <= 1
+    images = random_images(5, 16)
+    output = student.graph.output
+    train = jax.jit(lambda v, x: student_forward(student, v, x, (output,))[output])
+    logits = np.asarray(train(variables, images))
+    expected = np.asarray(jax.jit(functools.partial(frozen_logits, student))(frozen, images))
+    if max(biases) == 0:
+        np.testing.assert_array_equal(logits, expected)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("build", GRAPHS)
+def test_eight_bits_are_near_the_float_network(build):
+    """Guards what both integer networks could get wrong alike."""
+    student, variables, frozen = calibrated(build, 8)
+    images = random_images(1, 8)
+    exact = np.asarray(float_logits(student.graph, variables, images))
+    found = np.asarray(frozen_logits(student, frozen, images))
+    assert np.linalg.norm(found - exact) < 0.1 * np.linalg.norm(exact - exact.mean(0))
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    student, _, frozen = calibrated(mobilenet_like, 4)
+    images = random_images(7, 5)
+    together = frozen_logits(student, frozen, images)
+    alone = [frozen_logits(student, frozen, images[i : i + 1])[0] for i in range(5)]
+    np.testing.assert_array_equal(together, np.stack(alone))
+
+
+def padded_convolution(separate):
+    net = GraphBuilder("padded", input_shape=(8, 8, 3))
+    x = net.image
+    if separate:
+        x = net.pad(x, height=(1, 2), width=(0, 1), name="pad")
+    padding = 0 if separate else ((1, 2), (0, 1))
+    x = net.conv(x, 4, (3, 2), padding=padding, name="conv")
+    net.dense(net.flatten(net.relu(x, name="relu")), 5, name="classifier")
+    return net.build()
+
+
+def test_padding_holds_the_zero_point():
+    """A convolution's padding, a Pad layer and zeros in the image itself are one thing."""
+    students = [
+        Student(graph=padded_convolution(separate), spec=QuantSpec(), input_range=(-2.0, 2.5))
+        for separate in (False, True)
+    ]
+    variables = students[0].initial_variables(random_variables(students[0].graph))
+    images = random_images(1)
+    _, variables = calibrate(students[0], variables, images)
+    within, apart = (frozen_logits(s, freeze(s, variables), images) for s in students)
+    assert float(freeze(students[0], variables)["tensors"][INPUT].zero_point) > 100
+    np.testing.assert_array_equal(within, apart)
+
+    padded = np.pad(images, ((0, 0), (1, 2), (0, 1), (0, 0)))
+    net = GraphBuilder("larger", input_shape=padded.shape[1:])
+    x = net.relu(net.conv(net.image, 4, (3, 2), padding=0, name="conv"), name="relu")
+    net.dense(net.flatten(x), 5, name="classifier")
+    larger = Student(graph=net.build(), spec=QuantSpec(), input_range=(-2.0, 2.5))
+    np.testing.assert_array_equal(
+        frozen_logits(larger, freeze(larger, variables), jnp.asarray(padded)), within
+    )
+
+
+def test_unknown_tensors_are_named():
+    student, _, frozen = calibrated(vgg_like, 4)
+    conv = student.operations[0].layer.name  # its codes are those of the ReLU behind it
+    with pytest.raises(ValueError, match=rf"found no tensor \['{conv}'\]"):
+        integer_forward(student.operations, frozen, random_images(1), (conv,), input_bits=8)
+
+
+def test_only_the_integer_placement_freezes():
+    graph = vgg_like()
+    student = Student(graph=graph, spec=QuantSpec(placement="paper"), input_range=(-2.0, 2.5))
+    variables = student.initial_variables(random_variables(graph))
+    with pytest.raises(ValueError, match="found placement 'paper', expected 'integer'"):
+        freeze(student, variables)

@@ -10,11 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_steps import tiny_settings
+from test_steps import tiny_settings, tiny_teacher
 
 from lrq_jax.config import RunSettings
 from lrq_jax.quantize import quantize, step_spec
-from lrq_jax.readers.store import load_teacher
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training import noise_pool
 from lrq_jax.training.compilation import put_replicated
@@ -37,7 +36,7 @@ TINY_RUN = (
 
 @pytest.fixture(scope="module")
 def teacher():
-    return load_teacher("digits")
+    return tiny_teacher()
 
 
 def codes_of(workdir):
@@ -55,7 +54,11 @@ def assert_same_codes(first, second):
 def start(workdir):
     """The command line, as a person starts it, on one device."""
     command = [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *TINY_RUN]
-    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "HOME": str(workdir)}
+    environment = {
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(workdir.parent),
+    }
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -107,7 +110,7 @@ def test_an_interrupted_pool_is_finished_with_the_same_images(teacher, tmp_path,
     spec = step_spec(teacher, tiny_settings(images="noise"), data_mesh(1))
     variables = put_replicated(teacher.variables, spec.mesh)
     whole = noise_pool.synthesize_pool(spec, variables, tmp_path / "whole", seed=3)
-    assert whole.images.shape == (16, 16, 16, 1)
+    assert whole.images.shape == (16, 8, 8, 1)
     assert whole.labels.shape == (16,)
     assert not np.array_equal(whole.images[:8], whole.images[8:])
 
@@ -149,7 +152,7 @@ def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, place
         "noise_iterations": 2,
     }.items():
         config.method[name] = value
-    settings = resolve(config, image_size=16)
+    settings = resolve(config, image_size=8)
     report = quantize(teacher, settings, None, tmp_path / "run")
     assert report["preset"] == preset
     assert report["placement"] == placement

@@ -220,14 +220,16 @@ def test_distillation_of_extreme_logits_is_finite_with_finite_gradients():
                 assert value == 0
 
 
-def test_a_sure_teacher_still_teaches_the_others():
+@pytest.mark.parametrize("offset", [0.0, -5000.0])
+def test_a_sure_teacher_still_teaches_the_others(offset):
     """p_y = 1 in float32: the non-target part must still see the teacher's order of the others."""
-    teacher, student = jnp.float32([[50.0, 1.0, 2.0, 3.0]]), jnp.float32([[50.0, 3.0, 2.0, 1.0]])
+    teacher = jnp.float32([[50, 1, 2, 3]]) + offset
+    student = jnp.float32([[50, 3, 2, 1]]) + offset
     value, gradient = jax.value_and_grad(decoupled_distillation)(
         student, teacher, jnp.array([0]), alpha=1.0, beta=8.0, temperature=1.0
     )
     expected = 8 * _kl(_naive_softmax([1, 2, 3]), _naive_softmax([3, 2, 1]))
-    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    np.testing.assert_allclose(value, expected, rtol=2e-3)
     assert gradient[0, 1] > 1
     assert gradient[0, 3] < -1
 

@@ -112,7 +112,7 @@ def test_gdfq_is_lrq_without_its_three_ingredients(large):
 @pytest.mark.parametrize("size", [16, 32, 64, 65, 224])
 def test_calibration_lies_inside_the_warmup(name, size):
     method = preset(name, image_size=size)
-    assert 0 <= method.calibration_start
+    assert method.calibration_start >= 0
     assert method.calibration_start + method.calibration_steps <= method.warmup_steps
     assert method == PRESETS[name](large_images=size > 64)
     assert method.attention in ATTENTION_PLACES

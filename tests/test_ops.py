@@ -11,6 +11,7 @@ from jax import lax
 from lrq_jax.ops import convolution, depthwise, upsample
 from lrq_jax.ops.convolution import conv2d, integer_conv2d, integer_dense
 from lrq_jax.ops.depthwise import depthwise_conv
+from lrq_jax.ops.division import divide
 from lrq_jax.ops.straight_through import round_through, straight_through
 from lrq_jax.ops.upsample import upsample_conv3x3, upsample_nearest
 
@@ -360,6 +361,45 @@ def test_a_chunk_is_the_largest_that_stays_exact():
         count = convolution._chunk(term)
         assert count * term < 2**24 <= (count + 1) * term
     assert convolution._chunk(2**25) == 1
+
+
+# ---- division ----------------------------------------------------------------------------------
+
+
+def _operands(rng):
+    """Numbers of many sizes, and scales as they are found in networks."""
+    a = rng.standard_normal((4000, 5)) * 10.0 ** rng.integers(-12, 12, (4000, 5))
+    b = rng.uniform(0.5, 2, 5) * [1e-9, 1e-3, -0.02, 1, 3e5]
+    a[0], a[1] = 0, b * 7  # exact quotients
+    return a.astype(np.float32), b.astype(np.float32)
+
+
+def test_division_is_the_one_of_ieee_754_under_jit_and_broadcasting(platform, rng):
+    a, b = _operands(rng)
+    fresh = lambda a, b: divide(a, b)  # noqa: E731  (no trace shared between platforms)
+    for one, other in ((a, b), (a, b[3]), (b, a[5:]), (a[7, 2], a[9:]), (a, 255), (6.0, b)):
+        expected = np.float32(one) / np.float32(other)
+        np.testing.assert_array_equal(jax.jit(fresh)(one, other), expected)
+    for special in (np.inf, -np.inf, np.nan, 0.0):
+        np.testing.assert_array_equal(jax.jit(fresh)(np.float32(special), 3.0), special)
+
+
+def test_divisions_in_a_row_are_not_merged(platform, rng):
+    """XLA's algebra would make `a / (b * c)` of `(a / b) / c`: another float32."""
+    a, b = _operands(rng)
+    c = np.float32([0.3, 7, 1e-3, 11, 0.9])
+    found = jax.jit(lambda a, b, c: (divide(divide(a, b), c), divide(a, divide(b, c))))(a, b, c)
+    np.testing.assert_array_equal(found[0], a / b / c)
+    np.testing.assert_array_equal(found[1], a / (b / c))
+
+
+def test_division_has_the_ordinary_gradient(rng):
+    a, b = (jnp.asarray(operand) for operand in _operands(rng))
+    a, weights = a[2:40], jnp.asarray(_normal(rng, 38, 5))
+    ours = jax.jit(jax.grad(lambda a, b: jnp.sum(weights * divide(a, b)), (0, 1)))(a, b)
+    plain = jax.jit(jax.grad(lambda a, b: jnp.sum(weights * (a / b)), (0, 1)))(a, b)
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 # ---- straight-through --------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_a_directory_of_other_files_is_refused_and_left_alone(tmp_path):
 def test_a_file_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "run"
     path.write_text("x")
-    with pytest.raises(NotADirectoryError, match="found a file .*expected a directory"):
+    with pytest.raises(NotADirectoryError, match=r"found a file .*expected a directory"):
         RunDirectory(path, CONFIG)
     assert path.read_text() == "x"
 
@@ -190,9 +190,7 @@ def tile_of(picture, index, *, columns, side):
 def test_the_grid_shows_every_pixel_as_it_was(tmp_path, rng, preprocessing, count):
     pixels = rng.integers(0, 256, (count, 8, 8, preprocessing.channels), np.uint8)
     run = RunDirectory(tmp_path, CONFIG)
-    run.write_images(
-        "step_1", normalised(pixels, preprocessing), range(count), preprocessing, None
-    )
+    run.write_images("step_1", normalised(pixels, preprocessing), range(count), preprocessing, None)
     assert names(tmp_path / "images") == ["step_1.png"]
     with Image.open(tmp_path / "images" / "step_1.png") as file:
         picture = np.asarray(file.convert("RGB"))

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 
 from lrq_jax.config import base_config, resolve
+from lrq_jax.data import Preprocessing
+from lrq_jax.graph import GraphBuilder
 from lrq_jax.quantize import step_spec
-from lrq_jax.readers.store import load_teacher
+from lrq_jax.readers import Teacher
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training import steps
 from lrq_jax.training.compilation import compile_step, put_replicated
 from lrq_jax.training.loop import phases
+
+CALIBRATED = (steps.calibration_step, steps.joint_step, steps.joint_step)
+FIRING = {"ama_lower": 1.9}
+"""A hinge that is sure to fire: from the first step on the margin has a gradient."""
 
 
 def tiny_settings(**method):
@@ -33,32 +39,59 @@ def tiny_settings(**method):
     for name, value in {**tiny, **method}.items():
         config.method[name] = value
     config.steps = 3
-    return resolve(config, image_size=16)
+    return resolve(config, image_size=8)
 
 
-@pytest.fixture(scope="module")
-def teacher():
-    return load_teacher("digits")
+def tiny_teacher():
+    """A network of one residual block with random weights and statistics; compiles in seconds."""
+    net = GraphBuilder("tiny", input_shape=(8, 8, 1))
+    x = net.relu(net.batch_norm(net.conv(net.image, 8, 3), name="bn1"))
+    y = net.relu(net.batch_norm(net.conv(x, 8, 3), name="bn2"))
+    y = net.batch_norm(net.conv(y, 8, 3), name="bn3")
+    x = net.relu(net.add(y, x))
+    net.dense(net.global_pool(x), 10, name="classifier")
+    graph = net.build()
+    rng = np.random.default_rng(0)
+
+    def draw(name, shape):
+        if name == "kernel":
+            return rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[:-1]))
+        return rng.uniform(0.5, 1.5, shape) if name in ("scale", "var") else rng.normal(size=shape)
+
+    variables = {
+        collection: {
+            layer: {name: np.float32(draw(name, shape)) for name, shape in shapes.items()}
+            for layer, shapes in layers.items()
+        }
+        for collection, layers in graph.variable_shapes().items()
+    }
+    preprocessing = Preprocessing(mean=(0.5,), std=(0.5,), size=8)
+    return Teacher(graph=graph, variables=variables, preprocessing=preprocessing, arch="tiny")
 
 
-def run_steps(teacher, settings, functions, devices=1):
-    """State and metrics of each step in turn."""
+TEACHER = tiny_teacher()
+
+
+@functools.cache
+def run_steps(settings, functions, devices=1):
+    """Final state, metrics of each step in turn, and the last step's compiled program as text."""
     mesh = data_mesh(devices)
-    spec = step_spec(teacher, settings, mesh)
-    variables = put_replicated(teacher.variables, mesh)
+    spec = step_spec(TEACHER, settings, mesh)
+    variables = put_replicated(TEACHER.variables, mesh)
     state = put_replicated(steps.initial_state(spec, variables, settings.seed), mesh)
-    history = []
+    history, programs = [], {}
     for function in functions:
-        program = compile_step(function, state, variables, mesh=mesh, spec=spec)
-        state, metrics = program(state, variables)
+        if function not in programs:
+            programs[function] = compile_step(function, state, variables, mesh=mesh, spec=spec)
+        state, metrics = programs[function](state, variables)
         history.append({name: float(value[0]) for name, value in metrics.items()})
-    return state, history, program
+    return jax.device_get(state), history, programs[functions[-1]].as_text()
 
 
-def test_each_step_updates_what_it_should_and_nothing_else(teacher):
+def test_each_step_updates_what_it_should_and_nothing_else():
     settings = tiny_settings()
-    spec = step_spec(teacher, settings, None)
-    variables = jax.tree.map(jax.numpy.asarray, teacher.variables)
+    spec = step_spec(TEACHER, settings, None)
+    variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
     before = steps.initial_state(spec, variables, 0)
 
     def changed(function, state):
@@ -94,12 +127,12 @@ def test_each_step_updates_what_it_should_and_nothing_else(teacher):
     assert names == {"generator", "centers", "student.params"}
 
 
-def test_every_student_parameter_gets_a_gradient(teacher):
-    spec = step_spec(teacher, tiny_settings(), None)
-    variables = jax.tree.map(jax.numpy.asarray, teacher.variables)
+def test_every_student_parameter_gets_a_gradient():
+    spec = step_spec(TEACHER, tiny_settings(), None)
+    variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
     state = steps.initial_state(spec, variables, 0)
     state, _ = jax.jit(functools.partial(steps.calibration_step, spec=spec))(state, variables)
-    images = jax.random.normal(jax.random.key(1), (16, 16, 16, 1))
+    images = jax.random.normal(jax.random.key(1), (16, 8, 8, 1))
     labels = jax.numpy.arange(16) % 10
     gradient = jax.jit(jax.grad(steps.student_loss, has_aux=True), static_argnames="spec")
     logits = jax.random.normal(jax.random.key(2), (16, 10))
@@ -112,10 +145,10 @@ def test_every_student_parameter_gets_a_gradient(teacher):
     assert not zero
 
 
-def test_the_student_loss_leaves_the_generator_alone(teacher):
+def test_the_student_loss_leaves_the_generator_alone():
     """The student trains on images as they are: no gradient flows back through them."""
-    base, other = tiny_settings(), tiny_settings(distill_weight=100.0, dkd_beta=0.5)
-    states = [run_steps(teacher, s, [steps.joint_step])[0] for s in (base, other)]
+    base, other = tiny_settings(**FIRING), tiny_settings(**FIRING, student_loss="kd")
+    states = [run_steps(s, CALIBRATED)[0] for s in (base, other)]
     for a, b in zip(*(jax.tree.leaves(s.generator) for s in states), strict=True):
         np.testing.assert_array_equal(a, b)
     kernels = [s.student["params"]["classifier"]["kernel"] for s in states]
@@ -127,48 +160,43 @@ def test_the_student_loss_leaves_the_generator_alone(teacher):
     [
         {"attention": "none"},
         {"ama_weight": 0.0},
-        {"student_loss": "kd", "kd_reduction": "batch_mean"},
+        {"student_loss": "kd"},
         {"ama_center": "classifier"},
     ],
     ids=["attention", "margin", "decoupled distillation", "centres"],
 )
-def test_each_ingredient_of_the_paper_changes_program_and_result(teacher, switched):
-    def compiled(settings):
-        state, history, program = run_steps(teacher, settings, [steps.joint_step] * 2)
-        return state, history, program.as_text()
-
-    full = compiled(tiny_settings(ama_lower=1.9))  # a hinge that is sure to fire
-    without = compiled(tiny_settings(**{"ama_lower": 1.9, **switched}))
+def test_each_ingredient_of_the_paper_changes_program_and_result(switched):
+    full = run_steps(tiny_settings(**FIRING), CALIBRATED)
+    without = run_steps(tiny_settings(**{**FIRING, **switched}), CALIBRATED)
     assert full[2] != without[2]
-    assert full[1][1]["student/loss"] != without[1][1]["student/loss"]
+    assert full[1][-1]["student/loss"] != without[1][-1]["student/loss"]
     kernels = [run[0].student["params"]["classifier"]["kernel"] for run in (full, without)]
     assert not np.array_equal(*kernels)
 
 
-def test_one_device_equals_eight(teacher):
+def test_one_device_equals_eight():
     """Losses of three joint steps agree to 1e-5, and each device holds an eighth of the batch.
 
     With Adam's usual epsilon the first update is the gradient's sign, which flips where the
     gradient is rounding noise; a large epsilon makes the step a continuous function of it.
     """
     settings = tiny_settings(adam_epsilon=1e-2, student_optimizer="sgd")
-    functions = [steps.calibration_step, *[steps.joint_step] * 3]
-    _, one, _ = run_steps(teacher, settings, functions, devices=1)
-    _, eight, program = run_steps(teacher, settings, functions, devices=8)
+    functions = (*CALIBRATED, steps.joint_step)
+    _, one, _ = run_steps(settings, functions, devices=1)
+    _, eight, text = run_steps(settings, functions, devices=8)
     for first, second in zip(one, eight, strict=True):
         for name, value in first.items():
             assert second[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
-    text = program.as_text()
-    assert "f32[2,16,16,16]" in text, "the batch of 16 is not split over 8 devices"
-    assert "f32[16,16,16,16]" not in text, "a device computes feature maps of the whole batch"
+    assert "f32[2,8,8,8]" in text, "the batch of 16 is not split over 8 devices"
+    assert "f32[16,8,8,8]" not in text, "a device computes feature maps of the whole batch"
     assert "all-reduce" in text
 
 
-def test_the_compiled_step_refuses_other_shapes_instead_of_recompiling(teacher):
+def test_the_compiled_step_refuses_other_shapes_instead_of_recompiling():
     settings = tiny_settings()
     mesh = data_mesh(1)
-    spec = step_spec(teacher, settings, mesh)
-    variables = put_replicated(teacher.variables, mesh)
+    spec = step_spec(TEACHER, settings, mesh)
+    variables = put_replicated(TEACHER.variables, mesh)
     state = put_replicated(steps.initial_state(spec, variables, 0), mesh)
     program = compile_step(steps.warmup_step, state, variables, mesh=mesh, spec=spec)
     compilations = []
@@ -183,11 +211,11 @@ def test_the_compiled_step_refuses_other_shapes_instead_of_recompiling(teacher):
         program(state._replace(step=jax.numpy.zeros((2,), jax.numpy.int32)), variables)
 
 
-def test_several_steps_a_dispatch_equal_single_ones(teacher):
+def test_several_steps_a_dispatch_equal_single_ones():
     settings = tiny_settings(adam_epsilon=1e-2)
     mesh = data_mesh(1)
-    spec = step_spec(teacher, settings, mesh)
-    variables = put_replicated(teacher.variables, mesh)
+    spec = step_spec(TEACHER, settings, mesh)
+    variables = put_replicated(TEACHER.variables, mesh)
 
     def after(count, calls):
         state = put_replicated(steps.initial_state(spec, variables, 0), mesh)
@@ -206,14 +234,14 @@ def test_several_steps_a_dispatch_equal_single_ones(teacher):
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
-def test_phases_cover_every_step_once(teacher):
+def test_phases_cover_every_step_once():
     for method in (
         {"warmup_steps": 7, "calibration_start": 2, "calibration_steps": 3},
         {"warmup_steps": 3, "calibration_start": 0, "calibration_steps": 3},
         {"warmup_steps": 3, "images": "noise"},
     ):
         settings = tiny_settings(**method)
-        plan = phases(step_spec(teacher, settings, None))
+        plan = phases(step_spec(TEACHER, settings, None))
         covered = [step for phase in plan for step in range(phase.start, phase.stop)]
         assert covered == list(range(settings.method.warmup_steps + settings.method.steps))
         calibrating = [p for p in plan if p.step is steps.calibration_step]
@@ -222,6 +250,6 @@ def test_phases_cover_every_step_once(teacher):
         assert plan[-1].step is student
 
 
-def test_steps_are_static_descriptions_that_hash(teacher):
-    spec = step_spec(teacher, tiny_settings(), data_mesh(1))
+def test_steps_are_static_descriptions_that_hash():
+    spec = step_spec(TEACHER, tiny_settings(), data_mesh(1))
     assert hash(spec) == hash(dataclasses.replace(spec))

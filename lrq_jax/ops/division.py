@@ -14,7 +14,7 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
 
     XLA's own quotient is not: it turns `a / broadcast(b)` into `a * (1 / b)`, and on GPU it
     uses an approximate division; either is one unit in the last place off in a quarter of all
-    cases and moves codes across rounding boundaries. On CPU a barrier hides the broadcast;
+    cases and moves codes across rounding boundaries. On CPU a barrier hides the operands;
     elsewhere the quotient's remainder, which is computed exactly, corrects it.
 
     Args:
@@ -25,13 +25,15 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     exact = lax.platform_dependent(
-        lax.stop_gradient(a), lax.stop_gradient(b), cpu=_hidden_broadcast, default=_nearest
+        lax.stop_gradient(a), lax.stop_gradient(b), cpu=_hidden_operands, default=_nearest
     )
     return straight_through(exact, a / b)
 
 
-def _hidden_broadcast(a: jax.Array, b: jax.Array) -> jax.Array:
-    return a / lax.optimization_barrier(jnp.broadcast_to(b, jnp.broadcast_shapes(a.shape, b.shape)))
+def _hidden_operands(a: jax.Array, b: jax.Array) -> jax.Array:
+    # Both, or XLA makes `a / (b * c)` of `(a / b) / c` and `a * c / b` of `a / (b / c)`.
+    b = jnp.broadcast_to(b, jnp.broadcast_shapes(a.shape, b.shape))
+    return jnp.divide(*lax.optimization_barrier((a, b)))
 
 
 def _nearest(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -218,8 +218,14 @@ def fused_multiply_add(code: jax.Array, factor: jax.Array, addend: jax.Array) ->
     lost = (error - (correction - tail)) + (rest - tail)
     bits = lax.bitcast_convert_type(correction, jnp.int32)
     odd = bits + jnp.where((lost > 0) == (correction > 0), 1, -1)
-    bits = jnp.where((lost != 0) & (bits % 2 == 0), odd, bits)
+    bits = jnp.where((lost != 0) & (bits & 1 == 0), odd, bits)
     return total + lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _computed_once(codes: jax.Array) -> jax.Array:
+    """The same codes. XLA CPU repeats cheap arithmetic inside every reader's loop, and a residual
+    sum has several; an integer remainder, here by more than any code, counts as dear to it."""
+    return lax.rem(codes.astype(jnp.uint32), jnp.uint32(257)).astype(jnp.float32)
 
 
 @_run.register
@@ -240,7 +246,7 @@ def _add(layer: L.Add, operation: Operation, source: Source, clip_mask: bool, a:
         fused_multiply_add(b.parameters.zero_point, ratio_b, jnp.float32(0)),
     )
     exact = fused_multiply_add(a.codes, ratio_a, fused_multiply_add(b.codes, ratio_b, offset))
-    exact = jnp.clip(jnp.rint(exact), 0, top_code(bits))
+    exact = _computed_once(jnp.clip(jnp.rint(exact), 0, top_code(bits)))
     value = a.centred * ratio_a + b.centred * ratio_b
     codes = straight_through(exact, _surrogate(operation, value, parameters, clip_mask))
     return QuantizedTensor(codes, parameters, bits)
