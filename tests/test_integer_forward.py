@@ -20,8 +20,13 @@ from lrq_jax.passes import (
     plan_quantization,
     student_forward,
 )
-from lrq_jax.passes.integer_forward import fused_multiply_add, integer_forward
+from lrq_jax.passes.integer_forward import (
+    QuantizedWeights,
+    fused_multiply_add,
+    integer_forward,
+)
 from lrq_jax.passes.student import frozen_logits, quantize_weights
+from lrq_jax.quantizers.affine import AffineParameters
 
 f32 = np.float32
 
@@ -35,12 +40,9 @@ def resnet_like():
     y = net.relu(net.batch_norm(net.conv(x, 4, 3)))
     y = net.batch_norm(net.conv(y, 4, 3))
     x = net.relu(net.add(x, y))
-    y = net.relu(net.batch_norm(net.conv(x, 6, 3, strides=2)))
-    y = net.batch_norm(net.conv(y, 6, 3, use_bias=True))
+    y = net.relu(net.batch_norm(net.conv(x, 4, 3)))
+    y = net.batch_norm(net.conv(y, 6, 3, strides=2, use_bias=True))
     x = net.relu(net.add(y, net.batch_norm(net.conv(x, 6, 1, strides=2))))
-    y = net.relu(net.batch_norm(net.conv(x, 8, 3, strides=2)))
-    y = net.batch_norm(net.conv(y, 8, 3))
-    x = net.relu(net.add(y, net.pad(net.slice(x, step=(2, 2, 1)), channels=(1, 1))))
     net.dense(net.global_pool(x), 5, name="classifier")
     return net.build()
 
@@ -49,21 +51,19 @@ def mobilenet_like():
     net = GraphBuilder("mobilenet_like", input_shape=(8, 8, 3))
     x = net.relu6(net.batch_norm(net.conv(net.image, 4, 3, strides=2, padding="tf_same")))
     for strides, features in ((1, 4), (2, 6)):
-        channels = 3 * net.shape(x)[-1]
-        y = net.relu6(net.batch_norm(net.conv(x, channels, 1)))
-        y = net.conv(y, channels, 3, strides=strides, groups=channels)
+        y = net.relu6(net.batch_norm(net.conv(x, 12, 1)))
+        y = net.conv(y, 12, 3, strides=strides, groups=12)
         y = net.batch_norm(net.conv(net.relu6(net.batch_norm(y)), features, 1))
         x = net.add(x, y) if net.shape(x) == net.shape(y) else y
-    x = net.relu6(net.batch_norm(net.conv(x, 8, 1)))
     net.dense(net.global_pool(x), 5, name="classifier")
     return net.build()
 
 
 def vgg_like():
     net = GraphBuilder("vgg_like", input_shape=(8, 8, 3))
-    x = net.relu(net.conv(net.image, 5, 3, use_bias=True))
+    x = net.relu(net.conv(net.image, 4, 3, use_bias=True))
     x = net.max_pool(x, 2)
-    x = net.relu(net.batch_norm(net.conv(x, 6, 3, use_bias=True, groups=1, dilation=2)))
+    x = net.relu(net.batch_norm(net.conv(x, 6, 3, use_bias=True, dilation=2)))
     x = net.max_pool(x, 3, strides=2, padding=1)
     x = net.relu(net.dense(net.flatten(x), 7, use_bias=False))
     net.dense(x, 5, name="classifier")
@@ -76,44 +76,34 @@ def concat_like():
     x = net.conv(net.image, 4, 3)
     y = net.conv(net.relu(net.batch_norm(x)), 4, 3, groups=2)
     x = net.concat(x, y, net.avg_pool(x, 3, strides=1, padding=1, count_include_pad=False))
-    x = net.batch_norm(x, affine=False)
-    x = net.avg_pool(x, 3, strides=2, padding=1)
+    x = net.avg_pool(net.batch_norm(x, affine=False), 3, strides=2, padding=1)
     x = net.relu(net.batch_norm(net.add(x, x)))
     net.dense(net.global_pool(x), 5, name="classifier")
     return net.build()
 
 
 def leaky_like():
+    """Leaky and lone ReLUs, a shortcut without weights, dense layers with and without bias."""
     net = GraphBuilder("leaky_like", input_shape=(8, 8, 3))
     x = net.activation(net.batch_norm(net.conv(net.image, 4, 3)), "leaky_relu", negative_slope=0.1)
-    y = net.conv(x, 4, 3, use_bias=True)
-    y = net.activation(net.add(x, y), "leaky_relu", negative_slope=0.2)
-    y = net.relu(net.max_pool(y, 3, strides=1, padding=1))
-    net.dense(net.batch_norm(net.dense(net.flatten(y), 6)), 5, name="classifier")
-    return net.build()
-
-
-def long_sums():
-    """Sums of 1,152 and 2,048 products: beyond 2^24 at W8A8."""
-    net = GraphBuilder("long_sums", input_shape=(8, 8, 3))
-    x = net.relu(net.conv(net.image, 128, 3, strides=2, use_bias=True))
-    x = net.relu(net.conv(x, 128, 3, use_bias=True))
-    x = net.relu(net.conv(x, 8, 3, groups=2, padding=0))
-    net.dense(net.flatten(x), 5, name="classifier")
+    y = net.conv(x, 6, 3, strides=2, use_bias=True)
+    x = net.pad(net.slice(x, step=(2, 2, 1)), channels=(1, 1))
+    x = net.activation(net.add(x, y), "leaky_relu", negative_slope=0.2)
+    x = net.relu(net.max_pool(x, 3, strides=1, padding=1))
+    net.dense(net.batch_norm(net.dense(net.flatten(x), 6)), 5, name="classifier")
     return net.build()
 
 
 GRAPHS = (resnet_like, mobilenet_like, vgg_like, concat_like, leaky_like)
 
 
-def random_variables(graph, seed=0, *, positive=False):
+def random_variables(graph, seed=0):
     """Any weights, statistics as training never makes them: half the gammas negative, one 0."""
     rng = np.random.default_rng(seed)
 
     def draw(name, shape):
         if name == "kernel":
-            values = rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[:-1]))
-            return np.abs(values) if positive else values
+            return rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[:-1]))
         if name == "var":
             return rng.uniform(0.2, 3, size=shape)
         values = rng.normal(size=shape) * 0.5
@@ -131,20 +121,20 @@ def random_variables(graph, seed=0, *, positive=False):
     }
 
 
-def random_images(seed, batch=3):
+def random_images(seed, batch=8):
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.uniform(-2.1, 2.6, size=(batch, 8, 8, 3)), jnp.float32)
 
 
 @functools.cache
-def calibrated(build, bits, policy="U", *, positive=False):
+def calibrated(build, bits, policy="U"):
     """A student with ranges from two batches, its variables and its frozen integers."""
     graph = build()
     spec = QuantSpec(weight_bits=bits, act_bits=bits, policy=policy)
     student = Student(graph=graph, spec=spec, input_range=(-2.0, 2.5))
-    variables = student.initial_variables(random_variables(graph, positive=positive))
+    variables = student.initial_variables(random_variables(graph))
     for seed in (1, 2):
-        _, variables = calibrate(student, variables, random_images(seed, 8))
+        _, variables = calibrate(student, variables, random_images(seed))
     return student, variables, freeze(student, variables)
 
 
@@ -322,7 +312,7 @@ def assert_same(student, found, expected):
 @pytest.mark.parametrize("build", GRAPHS)
 def test_every_tensor_equals_the_naive_network(build, bits, policy):
     student, _, frozen = calibrated(build, bits, policy)
-    images = random_images(3, 16)
+    images = random_images(3)
     assert_same(
         student, all_tensors(student, frozen, images), naive_network(student, frozen, images)
     )
@@ -367,10 +357,20 @@ def tied_images(frozen, seed, batch=8):
 
 @pytest.mark.parametrize("build", GRAPHS)
 def test_ties_and_saturation_equal_the_naive_network(build):
-    """Jitted twice: the integers as arguments, and as constants a compiler may fold."""
     student, _, frozen = calibrated(build, 4)
-    run = jax.jit(functools.partial(all_tensors, student))
     for seed in range(4):
+        other = with_other_scales(student, frozen, seed)
+        images = tied_images(other, seed)
+        found = all_tensors(student, other, images)
+        assert_same(student, found, naive_network(student, other, images))
+
+
+@pytest.mark.parametrize("build", [mobilenet_like, concat_like])
+def test_a_compiler_changes_nothing(build):
+    """The integers as arguments of a jitted function, and as constants that it may fold."""
+    student, _, frozen = calibrated(build, 8)
+    run = jax.jit(functools.partial(all_tensors, student))
+    for seed in range(3):
         other = with_other_scales(student, frozen, seed)
         images = tied_images(other, seed)
         expected = naive_network(student, other, images)
@@ -380,17 +380,34 @@ def test_ties_and_saturation_equal_the_naive_network(build):
 
 
 def test_sums_beyond_float32_are_exact():
-    student, _, frozen = calibrated(long_sums, 8, positive=True)
-    images = random_images(3, 2)
+    """Sums of 576 (grouped) and 640 products of 8-bit codes, all near the top: beyond 2^24."""
+    net = GraphBuilder("long_sums", input_shape=(4, 4, 128))
+    x = net.relu(net.conv(net.image, 40, 3, groups=2, name="conv"), name="relu")
+    net.dense(net.flatten(x), 5, name="classifier")
+    spec = QuantSpec(weight_bits=8, act_bits=8)
+    student = Student(graph=net.build(), spec=spec, input_range=(0.0, 2.55))
+    rng = np.random.default_rng(0)
+
+    def weights(*shape):
+        codes = jnp.asarray(rng.integers(150, 256, shape), jnp.float32)
+        scale = jnp.asarray(rng.uniform(0.009, 0.011, shape[-1]), jnp.float32)
+        bias = jnp.asarray(rng.integers(-(2**20), 2**20, shape[-1]), jnp.float32)
+        return QuantizedWeights(codes, jnp.zeros(shape[-1]), scale, bias)
+
+    def tensor(scale):
+        return AffineParameters(jnp.float32(scale), jnp.float32(0))
+
+    frozen = {
+        "weights": {"conv": weights(3, 3, 64, 40), "classifier": weights(640, 5)},
+        "tensors": {INPUT: tensor(0.01), "relu": tensor(11.0)},
+    }
+    images = jnp.asarray(rng.uniform(1.5, 2.55, (3, 4, 4, 128)), jnp.float32)
     expected = naive_network(student, frozen, images)
-    largest = []
-    for operation in student.operations[1:]:
-        if operation.has_weights:
-            codes, zero, *_ = frozen["weights"][operation.layer.name]
-            kernel = np.asarray(codes - zero).astype(np.int64)
-            sums = naive_sums(operation.layer, expected[operation.inputs[0]].centred, kernel)
-            largest.append(np.abs(sums).max())
-    assert min(largest) > 2**24, "the test must reach beyond exact float32 sums"
+    for name, source in (("conv", INPUT), ("classifier", "flatten0")):
+        kernel = np.asarray(frozen["weights"][name].codes).astype(np.int64)
+        sums = naive_sums(student.graph.by_name[name], expected[source].centred, kernel)
+        assert sums.max() > 2**24, "the test must reach beyond exact float32 sums"
+        assert (sums % 2 == 1).any()
     assert_same(student, all_tensors(student, frozen, images), expected)
 
 
@@ -412,7 +429,12 @@ def test_fused_multiply_add_rounds_once():
         "any": (code, ratio, signed(-12, 12)),
         "sums of two codes": (np.abs(code), ratio, np.abs(code[::-1]) * ratio[::-1]),
         "cancellation": (code, ratio, -product),
-        "near cancellation": (code, ratio, -np.nextafter(product, signed(80, 81))),
+        # Not of a product of 0: its neighbours are subnormal, which XLA takes for 0.
+        "near cancellation": (
+            code,
+            ratio,
+            -np.where(code == 0, 0, np.nextafter(product, signed(80, 81))),
+        ),
         "tiny addend decides a tie": (np.full(n, 128 + 1, f32), tied, signed(-60, -20)),
         "tiny addend, any code": (np.abs(code), tied, signed(-40, -10)),
         "tiny product": (code, ratio * f32(2**-30), odd_mantissas()),
@@ -554,43 +576,48 @@ def test_a_kernel_of_zeros_keeps_its_bias():
 # --- properties of the whole ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("build", GRAPHS)
+@pytest.mark.parametrize(
+    ("build", "bits"), [(resnet_like, 4), (mobilenet_like, 8), (leaky_like, 2), (vgg_like, 4)]
+)
 def test_the_trained_forward_is_the_frozen_network(build, bits):
     """Jitted training form against integers frozen outside of any jit."""
     student, variables, frozen = calibrated(build, bits)
-    compiled = jax.jit(functools.partial(freeze, student))(variables)
+    output = student.graph.output
+
+    @jax.jit
+    def compiled(variables, images):
+        logits = student_forward(student, variables, images, (output,))[output]
+        return logits, freeze(student, variables)
+
+    images = random_images(5)
+    logits, same = compiled(variables, images)
     biases = []
     for name, tensor in frozen["tensors"].items():
-        np.testing.assert_array_equal(tensor, compiled["tensors"][name], err_msg=name)
+        np.testing.assert_array_equal(tensor, same["tensors"][name], err_msg=name)
     for name, weights in frozen["weights"].items():
-        other = compiled["weights"][name]
+        other = same["weights"][name]
         np.testing.assert_array_equal(weights.codes, other.codes, err_msg=name)
         np.testing.assert_array_equal(weights.zero_point, other.zero_point, err_msg=name)
-        np.testing.assert_allclose(weights.scale, other.scale, rtol=2e-7, err_msg=name)
+        np.testing.assert_array_equal(weights.scale, other.scale, err_msg=name)
         biases.append(np.abs(np.asarray(weights.bias - other.bias)).max())
-    # `beta - mean*gain` in one kernel may be fused to a single rounding, out of it not: a bias
-    # code on an edge may move by one. Nothing else differs.
+    # Of `beta - mean*gain` a compiler may make one rounding, and a bias code on an edge then
+    # moves by one. Nothing else may differ.
     assert max(biases) <= 1
-    images = random_images(5, 16)
-    output = student.graph.output
-    train = jax.jit(lambda v, x: student_forward(student, v, x, (output,))[output])
-    logits = np.asarray(train(variables, images))
-    expected = np.asarray(jax.jit(functools.partial(frozen_logits, student))(frozen, images))
+    expected = np.asarray(frozen_logits(student, frozen, images))
     if max(biases) == 0:
         np.testing.assert_array_equal(logits, expected)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize("build", GRAPHS)
 def test_eight_bits_are_near_the_float_network(build):
     """Guards what both integer networks could get wrong alike."""
     student, variables, frozen = calibrated(build, 8)
-    images = random_images(1, 8)
+    images = random_images(1)
     exact = np.asarray(float_logits(student.graph, variables, images))
     found = np.asarray(frozen_logits(student, frozen, images))
-    assert np.linalg.norm(found - exact) < 0.1 * np.linalg.norm(exact - exact.mean(0))
+    # A wrong fold or zero point is off by the size of the logits; rounding by a few percent.
+    assert np.linalg.norm(found - exact) < 0.05 * np.linalg.norm(exact)
 
 
 def test_an_image_does_not_depend_on_its_batch():

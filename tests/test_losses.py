@@ -166,7 +166,7 @@ def test_decoupled_distillation(alpha, beta, temperature, logits):
     np.testing.assert_allclose(loss(teacher, teacher), 0, atol=1e-6)
     shifted = loss(student + 50, teacher - 20)
     np.testing.assert_allclose(shifted, expected, rtol=1e-3)
-    if temperature == 4:
+    if (alpha, beta, temperature) == (1, 8, 4):
         _check_gradients(loss, student, teacher)
 
 

@@ -64,7 +64,8 @@ def test_converted_teachers_have_their_published_accuracy(file, dataset, images,
         mesh=data_mesh(1),
     )["teacher"]
     assert result.images == images
-    assert round(result.top1, 2) == top1
+    # One image of 10,000 may fall on the other side of a near tie in another float arithmetic.
+    assert result.top1 == pytest.approx(top1, abs=0.015)
 
 
 def test_logits_equal_pytorch_on_1000_test_images():
