@@ -257,19 +257,7 @@ def _global_pool(layer: L.GlobalPool, operation: Operation, source: Source, clip
                  x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
     """`v = sum(q_x - z_x) * (s_x / (s_y * H*W))`, ONNX Runtime's QLinearGlobalAveragePool."""
     count = float(x.codes.shape[1] * x.codes.shape[2])
-    return _mean(operation, source, clip_mask, x, jnp.sum(x.centred, axis=(1, 2)), count)
-
-
-@_run.register
-def _avg_pool(layer: L.AvgPool, operation: Operation, source: Source, clip_mask: bool,
-              x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
-    """As the global pool, over each window."""
-    count = window_counts(layer, x.codes.shape[1:])
-    return _mean(operation, source, clip_mask, x, window_sums(layer, x.centred), count)
-
-
-def _mean(operation: Operation, source: Source, clip_mask: bool, x: QuantizedTensor,
-          total: jax.Array, count: jax.Array | float) -> QuantizedTensor:  # fmt: skip
+    total = jnp.sum(x.centred, axis=(1, 2))
     return _requantize(
         operation,
         source,
@@ -277,6 +265,34 @@ def _mean(operation: Operation, source: Source, clip_mask: bool, x: QuantizedTen
         lambda scale: total * divide(x.scale, scale * count),
         lambda: total * (x.scale / count),
     )
+
+
+@_run.register
+def _avg_pool(layer: L.AvgPool, operation: Operation, source: Source, clip_mask: bool,
+              x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
+    """`clip(rint(sum(s_x*(q_x - z_x)) / n / s_y + z_y))`, ONNX Runtime's QLinearAveragePool: a
+    float32 sum, row by row, and the zero point added before rounding."""
+    bits = operation.output_bits
+    count = window_counts(layer, x.codes.shape[1:])
+    mean = divide(_window_sums_in_order(layer, x), count)
+    parameters = source.tensor(operation.output, bits, lambda: mean)
+    exact = divide(mean, parameters.scale) + parameters.zero_point
+    exact = jnp.clip(jnp.rint(exact), 0, top_code(bits))
+    value = window_sums(layer, x.centred) * (x.scale / (parameters.scale * count))
+    codes = straight_through(exact, _surrogate(operation, value, parameters, clip_mask))
+    return QuantizedTensor(codes, parameters, bits)
+
+
+def _window_sums_in_order(layer: L.AvgPool, x: QuantizedTensor) -> jax.Array:
+    """Sum of real values over each window, added up in row order."""
+    # The product ends in an addition, so that no compiler fuses it with the sum's.
+    real = fused_multiply_add(x.centred, x.scale, jnp.float32(0))
+    real = jnp.pad(real, ((0, 0), *layer.padding, (0, 0)))
+    rows, columns = (
+        [slice(i, n - k + i + 1, s) for i in range(k)]
+        for n, k, s in zip(real.shape[1:3], layer.window, layer.strides, strict=True)
+    )
+    return sum(real[:, row, column] for row in rows for column in columns)
 
 
 @_run.register
