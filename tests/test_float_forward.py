@@ -25,6 +25,10 @@ def everything():
     b = net.avg_pool(y, (3, 2), strides=2, padding=1)
     m = net.max_pool(y, (3, 2), strides=2, padding=1)
     s = net.add(net.add(a, b), m)
+    gate = net.unflatten(net.global_pool(net.activation(s, "silu")))
+    gate = net.activation(net.conv(gate, net.shape(s)[2], 1), "hard_sigmoid")
+    gated = net.activation(net.multiply(s, gate), "hard_swish")
+    s = net.channel_shuffle(net.multiply(gated, net.activation(s, "sigmoid")), 2)
     flat = net.dense(net.flatten(s), 7, use_bias=False)
     pooled = net.dense(net.global_pool(s), 7, name="pooled")
     net.dense(net.add(flat, pooled), 5, name="classifier")
@@ -122,8 +126,27 @@ def naive_layer(layer, params, *inputs):
             return np.maximum(x, 0)
         case L.Activation(kind="relu6"):
             return np.minimum(np.maximum(x, 0), 6)
-        case L.Activation():
+        case L.Activation(kind="leaky_relu"):
             return np.where(x > 0, x, layer.negative_slope * x)
+        case L.Activation(kind="sigmoid"):
+            return 1 / (1 + np.exp(-x))
+        case L.Activation(kind="silu"):
+            return x / (1 + np.exp(-x))
+        case L.Activation(kind="hard_sigmoid"):
+            return np.clip(x / 6 + 0.5, 0, 1)
+        case L.Activation(kind="hard_swish"):
+            return np.where(x < -3, 0, np.where(x > 3, x, x * (x + 3) / 6))
+        case L.Multiply():
+            return x * inputs[1]
+        case L.Unflatten():
+            return x.reshape(len(x), 1, 1, -1)
+        case L.ChannelShuffle():
+            order = [
+                k * x.shape[-1] // layer.groups + i
+                for i in range(x.shape[-1] // layer.groups)
+                for k in range(layer.groups)
+            ]
+            return x[..., order]
         case L.Add():
             return x + inputs[1]
         case L.Concat():

@@ -36,7 +36,9 @@ def _everything():
     x = net.max_pool(x, (3, 2), strides=(2, 1), padding=((1, 0), (0, 1)))
     y = net.avg_pool(x, 3, strides=1, padding=1, count_include_pad=False)
     x = net.add(x, y)
-    y = net.global_pool(net.avg_pool(x, (2, 3)))
+    gate = net.unflatten(net.global_pool(x, name="squeeze"))
+    x = net.channel_shuffle(net.multiply(x, net.activation(gate, "sigmoid")), 10)
+    y = net.global_pool(net.avg_pool(x, (2, 3)), name="pool0")
     x = net.dense(net.flatten(x), 9, use_bias=False)
     net.dense(net.concat(x, y), 7)
     return net.build()
@@ -276,6 +278,17 @@ def test_a_graph_made_without_the_builder_is_checked_as_well():
     for shape in ((8, 8), (8, 8, 0), (0, 8, 3), (1, 8, 8, 3)):
         with pytest.raises(GraphError, match=r"'net': found input shape.*expected \(height"):
             _graph(_relu("a"), input_shape=shape)
+
+
+def test_gates_shuffles_and_pixels_of_the_wrong_shape():
+    net = GraphBuilder("net", input_shape=(4, 4, 6))
+    with pytest.raises(GraphError, match=r"'s' \(ChannelShuffle\): found 6 channels.*groups=4"):
+        net.channel_shuffle(net.image, 4, name="s")
+    with pytest.raises(GraphError, match=r"'u' \(Unflatten\): found input shape \(4, 4, 6\)"):
+        net.unflatten(net.image, name="u")
+    narrow = net.conv(net.image, 3, 1)
+    with pytest.raises(GraphError, match=r"'m' \(Multiply\).*expected the second to be"):
+        net.multiply(net.image, narrow, name="m")
 
 
 def test_classifier_must_be_dense_and_tensors_must_exist():

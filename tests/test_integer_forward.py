@@ -94,7 +94,20 @@ def leaky_like():
     return net.build()
 
 
-GRAPHS = (resnet_like, mobilenet_like, vgg_like, concat_like, leaky_like)
+def gated_like():
+    """Squeeze-and-excitation, a channel shuffle, activations that do not clip."""
+    net = GraphBuilder("gated_like", input_shape=(8, 8, 3))
+    x = net.activation(net.batch_norm(net.conv(net.image, 6, 3)), "hard_swish")
+    gate = net.relu(net.conv(net.unflatten(net.global_pool(x)), 4, 1, use_bias=True))
+    gate = net.activation(net.conv(gate, 6, 1, use_bias=True), "hard_sigmoid")
+    x = net.channel_shuffle(net.multiply(x, gate), 3)
+    y = net.activation(net.batch_norm(net.conv(x, 6, 3)), "silu")
+    x = net.multiply(y, net.activation(net.conv(x, 6, 1), "sigmoid"))
+    net.dense(net.global_pool(x), 5, name="classifier")
+    return net.build()
+
+
+GRAPHS = (resnet_like, mobilenet_like, vgg_like, concat_like, leaky_like, gated_like)
 
 
 def random_variables(graph, seed=0):
@@ -219,6 +232,20 @@ def naive_sums(layer, x, kernel):
     )
 
 
+def naive_activation(layer, real):
+    """float32 activations of a tensor that stands alone."""
+    hard_sigmoid = np.clip(real + f32(3), f32(0), f32(6)) / f32(6)
+    sigmoid = (1 / (1 + np.exp(-real.astype(np.float64)))).astype(f32)
+    return {
+        "relu": np.where(real < 0, f32(0), real),
+        "leaky_relu": np.where(real < 0, real * f32(layer.negative_slope), real),
+        "hard_sigmoid": hard_sigmoid,
+        "hard_swish": real * hard_sigmoid,
+        "sigmoid": sigmoid,
+        "silu": real * sigmoid,
+    }[layer.kind]
+
+
 def naive_operation(operation, frozen, inputs):
     """One operation, as section 2 of the deployment notes writes it."""
     layer, bits, x = operation.layer, operation.output_bits, inputs[0]
@@ -232,6 +259,11 @@ def naive_operation(operation, frozen, inputs):
         return x._replace(codes=x.codes[(slice(None), *layer.slices)])
     if isinstance(layer, L.Flatten):
         return x._replace(codes=x.codes.reshape(len(x.codes), -1))
+    if isinstance(layer, L.Unflatten):
+        return x._replace(codes=x.codes.reshape(len(x.codes), 1, 1, -1))
+    if isinstance(layer, L.ChannelShuffle):
+        parts = np.split(x.codes, layer.groups, axis=-1)
+        return x._replace(codes=np.stack(parts, axis=-1).reshape(x.codes.shape))
 
     if bits is not None:
         scale = f32(frozen["tensors"][operation.output].scale)
@@ -273,11 +305,9 @@ def naive_operation(operation, frozen, inputs):
         codes = np.clip(np.rint(value), 0, 2**bits - 1).astype(np.int64)
         return Codes(codes, scale, zero, bits)
     if isinstance(layer, L.Activation):
-        real = x.real
-        real = np.where(real < 0, f32(0), real) if layer.kind == "relu" else np.where(
-            real < 0, real * f32(layer.negative_slope), real
-        )  # fmt: skip
-        return requantized(real / scale)
+        return requantized(naive_activation(layer, x.real) / scale)
+    if isinstance(layer, L.Multiply):
+        return requantized(x.real * inputs[1].real / scale)
     assert isinstance(layer, L.Concat)
     return requantized(np.concatenate([t.real for t in inputs], -1) / scale)
 
@@ -481,9 +511,9 @@ def test_frozen_numbers_are_integers_of_their_bits(build, bits, policy):
             scale, zero = frozen["tensors"][operation.output]
             assert is_integer(zero, 0, 2**operation.output_bits - 1)
             assert float(scale) > 0
-            rectified = isinstance(operation.activation or operation.layer, L.Activation)
-            if rectified and (operation.activation or operation.layer).kind != "leaky_relu":
-                assert float(zero) == 0, "a ReLU saturates at its zero point"
+            kind = getattr(operation.activation or operation.layer, "kind", None)
+            if kind in (*L.RECTIFIERS, *L.GATES):
+                assert float(zero) == 0, "what is never negative saturates at 0"
     assert set(frozen["weights"]) == {op.layer.name for op in student.operations if op.has_weights}
 
 

@@ -117,7 +117,7 @@ class GraphBuilder:
         )
 
     def activation(self, x: str, kind: str, *, negative_slope: float = 0.01, name: str | None = None) -> str:  # fmt: skip
-        """One of `relu`, `relu6`, `leaky_relu`."""
+        """One of `layers.ACTIVATIONS`."""
         return self.add_layer(
             L.Activation(
                 name=self._name(name, kind), inputs=(x,), kind=kind, negative_slope=negative_slope
@@ -135,6 +135,10 @@ class GraphBuilder:
     def add(self, x: str, y: str, *, name: str | None = None) -> str:
         """Residual sum."""
         return self.add_layer(L.Add(name=self._name(name, "add"), inputs=(x, y)))
+
+    def multiply(self, x: str, gate: str, *, name: str | None = None) -> str:
+        """Element-wise product with a tensor of the same shape or of one value a channel."""
+        return self.add_layer(L.Multiply(name=self._name(name, "multiply"), inputs=(x, gate)))
 
     def concat(self, *tensors: str, name: str | None = None) -> str:
         """Concatenation along channels."""
@@ -197,6 +201,16 @@ class GraphBuilder:
     def flatten(self, x: str, *, name: str | None = None) -> str:
         """Row-major vector of a channels-last image."""
         return self.add_layer(L.Flatten(name=self._name(name, "flatten"), inputs=(x,)))
+
+    def unflatten(self, x: str, *, name: str | None = None) -> str:
+        """A vector as an image of one pixel."""
+        return self.add_layer(L.Unflatten(name=self._name(name, "unflatten"), inputs=(x,)))
+
+    def channel_shuffle(self, x: str, groups: int, *, name: str | None = None) -> str:
+        """Channels of `groups` groups dealt out in turn."""
+        return self.add_layer(
+            L.ChannelShuffle(name=self._name(name, "shuffle"), inputs=(x,), groups=groups)
+        )
 
     def build(self) -> Graph:
         """The checked graph; its last layer makes the logits."""

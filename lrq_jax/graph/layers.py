@@ -19,7 +19,13 @@ Padding = tuple[Pair, Pair]
 INPUT = "image"
 """Name of the tensor that enters every graph."""
 
-ACTIVATIONS = ("relu", "relu6", "leaky_relu")
+RECTIFIERS = ("relu", "relu6")
+"""Activations that clip: over codes with zero point 0 they need no arithmetic of their own."""
+
+GATES = ("sigmoid", "hard_sigmoid")
+"""Activations in [0, 1], which scale a tensor (Multiply) rather than feed a convolution."""
+
+ACTIVATIONS = (*RECTIFIERS, *GATES, "leaky_relu", "silu", "hard_swish")
 
 
 class GraphError(ValueError):
@@ -161,7 +167,11 @@ class BatchNorm(Layer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Activation(Layer):
-    """Element-wise non-linearity: `relu`, `relu6` or `leaky_relu` (slope below zero)."""
+    """Element-wise non-linearity, one of `ACTIVATIONS`; `negative_slope` is `leaky_relu`'s.
+
+    `hard_sigmoid` is `relu6(x + 3) / 6`, `silu` is `x * sigmoid(x)` and `hard_swish` is
+    `x * hard_sigmoid(x)`.
+    """
 
     kind: str = "relu"
     negative_slope: float = 0.01
@@ -184,6 +194,23 @@ class Add(Layer):
             raise self.fail(
                 f"shapes {first} ({self.inputs[0]!r}) and {second} ({self.inputs[1]!r})",
                 "two equal shapes",
+            )
+        return first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Multiply(Layer):
+    """Element-wise product; the second tensor has the first's shape or is `(1, 1, C)`, one gate a
+    channel (squeeze-and-excitation)."""
+
+    arity: ClassVar[int | None] = 2
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        first, second = shapes
+        if second not in (first, (1, 1, first[-1])):
+            raise self.fail(
+                f"shapes {first} ({self.inputs[0]!r}) and {second} ({self.inputs[1]!r})",
+                f"the second to be {first} or {(1, 1, first[-1])}",
             )
         return first
 
@@ -284,3 +311,29 @@ class Flatten(Layer):
 
     def output_shape(self, *shapes: Shape) -> Shape:
         return (math.prod(shapes[0]),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unflatten(Layer):
+    """A vector as an image of one pixel: `(C,)` to `(1, 1, C)`."""
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = shapes
+        if len(shape) != 1:
+            raise self.fail(f"input shape {shape}", "a vector (C,)")
+        return (1, 1, shape[0])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChannelShuffle(Layer):
+    """Channels of `groups` groups dealt out in turn: output channel `k*groups + g` is channel
+    `g*C/groups + k` of the input (ShuffleNet, arXiv 1707.01083)."""
+
+    groups: int
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = shapes
+        self.check_image(shape)
+        if self.groups < 1 or shape[2] % self.groups:
+            raise self.fail(f"{shape[2]} channels", f"a multiple of groups={self.groups}")
+        return shape

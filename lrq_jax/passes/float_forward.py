@@ -104,16 +104,19 @@ def _batch_norm(layer: L.BatchNorm, params: dict, x: jax.Array) -> jax.Array:
 
 @apply_layer.register
 def _activation(layer: L.Activation, params: dict, x: jax.Array) -> jax.Array:
-    if layer.kind == "relu":
-        return jax.nn.relu(x)
-    if layer.kind == "relu6":
-        return jax.nn.relu6(x)
-    return jax.nn.leaky_relu(x, layer.negative_slope)
+    if layer.kind == "leaky_relu":
+        return jax.nn.leaky_relu(x, layer.negative_slope)
+    return getattr(jax.nn, layer.kind)(x)
 
 
 @apply_layer.register
 def _add(layer: L.Add, params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
     return x + y
+
+
+@apply_layer.register
+def _multiply(layer: L.Multiply, params: dict, x: jax.Array, gate: jax.Array) -> jax.Array:
+    return x * gate
 
 
 @apply_layer.register
@@ -168,3 +171,15 @@ def _global_pool(layer: L.GlobalPool, params: dict, x: jax.Array) -> jax.Array:
 @apply_layer.register
 def _flatten(layer: L.Flatten, params: dict, x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1)
+
+
+@apply_layer.register
+def _unflatten(layer: L.Unflatten, params: dict, x: jax.Array) -> jax.Array:
+    return x[:, None, None, :]
+
+
+@apply_layer.register
+def _channel_shuffle(layer: L.ChannelShuffle, params: dict, x: jax.Array) -> jax.Array:
+    *size, channels = x.shape
+    split = x.reshape(*size, layer.groups, channels // layer.groups)
+    return jnp.swapaxes(split, -1, -2).reshape(x.shape)

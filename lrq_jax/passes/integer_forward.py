@@ -192,6 +192,8 @@ def _run(layer: L.Layer, operation: Operation, source: Source, clip_mask: bool,
 @_run.register(L.Pad)
 @_run.register(L.Slice)
 @_run.register(L.Flatten)
+@_run.register(L.Unflatten)
+@_run.register(L.ChannelShuffle)
 def _keep_codes(layer: L.Layer, operation: Operation, source: Source, clip_mask: bool,
                 x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
     codes = apply_layer(layer, {}, x.centred) + x.parameters.zero_point
@@ -300,6 +302,16 @@ def _activation(layer: L.Activation, operation: Operation, source: Source, clip_
                 x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
     """An activation on its own: a table over the input's codes."""
     real = apply_layer(layer, {}, dequantize(x.codes, x.parameters))
+    return _requantize(
+        operation, source, clip_mask, lambda scale: divide(real, scale), lambda: real
+    )
+
+
+@_run.register
+def _multiply(layer: L.Multiply, operation: Operation, source: Source, clip_mask: bool,
+              x: QuantizedTensor, gate: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
+    """A float product of the two real tensors, quantized."""
+    real = dequantize(x.codes, x.parameters) * dequantize(gate.codes, gate.parameters)
     return _requantize(
         operation, source, clip_mask, lambda scale: divide(real, scale), lambda: real
     )

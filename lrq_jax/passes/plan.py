@@ -15,7 +15,7 @@ from lrq_jax.graph import layers as L
 
 PLACEMENTS = ("integer", "paper")
 POLICIES = ("U", "R")
-_KEEPS_CODES = (L.MaxPool, L.Pad, L.Slice, L.Flatten)
+_KEEPS_CODES = (L.MaxPool, L.Pad, L.Slice, L.Flatten, L.Unflatten, L.ChannelShuffle)
 """Layers that move codes without changing their meaning: these very types, not their subclasses
 (an average pool is a kind of MaxPool and makes new codes)."""
 
@@ -34,7 +34,7 @@ class QuantSpec:
       edge_bits: weight bits of first and last layer under policy R; 7 keeps pairs of products
         inside int16, so that the network runs on x86 CPUs without VNNI.
       boundary_bits: bits of the tensors only an integer network quantizes: the image,
-        convolution outputs before an addition, linear bottlenecks, pooled features.
+        convolution outputs before an addition, linear bottlenecks, gates, pooled features.
       overrides: per-layer exceptions such as `stage1_*=w6a8` (shell patterns; the last match
         wins; `a` is the bits of the tensor the layer makes).
       weight_observer, act_observer: names in `quantizers.ranges.OBSERVERS`.
@@ -117,8 +117,9 @@ def plan_quantization(graph: Graph, spec: QuantSpec) -> tuple[Operation, ...]:
             edge = spec.policy == "R" and layer.name in (first, last)
             weight_bits = spec.edge_bits if edge else spec.weight_bits
         if output != graph.output and type(layer) not in _KEEPS_CODES:
-            rectified = isinstance(activation or layer, L.Activation)
-            output_bits = spec.act_bits if rectified else spec.boundary_bits
+            output_bits = (
+                spec.act_bits if _is_activation(activation or layer) else spec.boundary_bits
+            )
             if spec.policy == "R" and output == last_input:
                 output_bits = spec.boundary_bits
         for entry in spec.overrides:
@@ -159,6 +160,13 @@ def fixed_tensors(spec: QuantSpec) -> tuple[str, ...]:
     return (INPUT,) if spec.placement == "integer" else ()
 
 
+def _is_activation(layer: L.Layer) -> bool:
+    """Whether the layer makes what the method calls an activation, and not a boundary tensor."""
+    if isinstance(layer, L.Activation):
+        return layer.kind not in L.GATES
+    return isinstance(layer, L.Multiply)
+
+
 def _followers(graph: Graph, layer: L.Layer) -> tuple[L.BatchNorm | None, L.Activation | None]:
     """The batch norm and the ReLU that run inside the layer's operation."""
     tail, batch_norm = layer, None
@@ -169,7 +177,7 @@ def _followers(graph: Graph, layer: L.Layer) -> tuple[L.BatchNorm | None, L.Acti
     if not isinstance(layer, L.Conv | L.Dense | L.BatchNorm | L.Add):
         return None, None
     follower = _only_reader(graph, tail)
-    if isinstance(follower, L.Activation) and follower.kind != "leaky_relu":
+    if isinstance(follower, L.Activation) and follower.kind in L.RECTIFIERS:
         return batch_norm, follower
     return batch_norm, None
 
