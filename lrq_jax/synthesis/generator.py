@@ -34,7 +34,7 @@ class GeneratorSpec:
     """Static description of a generator.
 
     Attributes:
-      image_shape: `(H, W, C)`; H and W divisible by 4.
+      image_shape: `(H, W, C)`; images of a size not divisible by 4 are cut out of larger ones.
       num_classes: K.
       conditioning: `embedding` or `batch_norm`.
       attention: where the long-range attention sits: `none`, `before_block1` (after the first
@@ -54,11 +54,6 @@ class GeneratorSpec:
     width: int = 128
 
     def __post_init__(self) -> None:
-        if self.image_shape[0] % 4 or self.image_shape[1] % 4:
-            raise ValueError(
-                f"generator: found image size {self.image_shape[:2]}, expected height and width "
-                "divisible by 4; use image synthesis from noise (method.images='noise') instead"
-            )
         if self.attention not in ATTENTION_PLACES:
             raise ValueError(f"attention: found {self.attention!r}, expected {ATTENTION_PLACES}")
         if self.conditioning not in CONDITIONINGS:
@@ -118,7 +113,7 @@ class Generator(nn.Module):
         if not by_norm:
             shape = (spec.num_classes, spec.latent_dim)
             hidden = self.param("embedding", embedding_init, shape)[labels] * noise
-        grid = (height // 4, width // 4, spec.width)
+        grid = (-(-height // 4), -(-width // 4), spec.width)
         dense = self.param("dense", affine_init, (spec.latent_dim, grid[0] * grid[1] * grid[2]))
         x = (jnp.dot(hidden, dense["kernel"]) + dense["bias"]).reshape(-1, *grid)
         x = _ClassNorm(classes, _NORM_EPS, name="norm0")(x, labels)
@@ -138,7 +133,7 @@ class Generator(nn.Module):
         x = _UpConv(spec.width // 2, name="block2")(x)
         x = nn.leaky_relu(_ClassNorm(classes, _BLOCK_NORM_EPS, name="norm2")(x, labels), _LEAK)
         x = _UpConv(channels, up=False, name="to_image")(x)
-        return batch_norm(jnp.tanh(x), _NORM_EPS)
+        return batch_norm(jnp.tanh(x[:, :height, :width]), _NORM_EPS)
 
 
 def init_generator(spec: GeneratorSpec, key: jax.Array) -> dict[str, Any]:
