@@ -25,9 +25,9 @@ def random_resized_crop_flip(key: jax.Array, images: jax.Array, *, smallest_area
     ratio = jnp.exp(
         jax.random.uniform(ratio_key, (batch,), minval=jnp.log(3 / 4), maxval=jnp.log(4 / 3))
     )
-    fraction = jnp.minimum(
-        jnp.sqrt(jnp.stack([area / ratio, area * ratio], axis=1)), 1.0
-    )  # [B, 2]: of height and width
+    # The ratio is of pixels: an image's own shape is divided out of the fractions of its sides.
+    share = jnp.stack([area / ratio * (width / height), area * ratio * (height / width)], axis=1)
+    fraction = jnp.minimum(jnp.sqrt(share), 1.0)  # [B, 2]: of height and width
     size = jnp.asarray([height, width], images.dtype)
     corner = jax.random.uniform(place_key, (batch, 2)) * (1 - fraction) * size
     flip = jax.random.bernoulli(flip_key, 0.5, (batch,))
