@@ -12,7 +12,7 @@ from lrq_jax.ops import convolution, depthwise, upsample
 from lrq_jax.ops.convolution import conv2d, integer_conv2d, integer_dense
 from lrq_jax.ops.depthwise import depthwise_conv
 from lrq_jax.ops.division import divide
-from lrq_jax.ops.straight_through import round_through, straight_through
+from lrq_jax.ops.straight_through import clip_inclusive, round_through, straight_through
 from lrq_jax.ops.upsample import upsample_conv3x3, upsample_nearest
 
 NO_PADDING = ((0, 0), (0, 0))
@@ -439,3 +439,10 @@ def test_round_through_rounds_half_to_even_with_gradient_one():
 def test_private_forms_exist_under_the_names_the_tests_take_them_by():
     assert upsample.conv2d is conv2d
     assert depthwise.lax is lax, "the platform fixture replaces lax.platform_dependent"
+
+
+def test_clip_inclusive_clips_with_the_whole_gradient_at_both_ends():
+    x = jnp.asarray([-3.0, -2.0, -0.5, 0.0, 1.0, 1.5])
+    np.testing.assert_array_equal(clip_inclusive(x, -2.0, 1.0), jnp.clip(x, -2.0, 1.0))
+    gradient = jax.grad(lambda v: jnp.sum(clip_inclusive(v, -2.0, 1.0)))(x)
+    np.testing.assert_array_equal(gradient, [0, 1, 1, 1, 1, 0])

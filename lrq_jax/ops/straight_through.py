@@ -30,3 +30,9 @@ def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple:
 def round_through(x: jax.Array) -> jax.Array:
     """Rounds half to even; the gradient is that of the identity."""
     return straight_through(jnp.rint(x), x)
+
+
+def clip_inclusive(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """`clip(x, low, high)` with the whole gradient at the ends themselves, where jnp.clip halves
+    it: a min-max range has values exactly there."""
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))

@@ -20,7 +20,7 @@ from lrq_jax.graph import INPUT
 from lrq_jax.graph import layers as L
 from lrq_jax.ops.convolution import integer_conv2d, integer_dense
 from lrq_jax.ops.division import divide
-from lrq_jax.ops.straight_through import straight_through
+from lrq_jax.ops.straight_through import clip_inclusive, straight_through
 from lrq_jax.passes.float_forward import apply_layer, window_counts, window_sums
 from lrq_jax.passes.plan import Operation
 from lrq_jax.quantizers.affine import AffineParameters, dequantize, quantize, top_code
@@ -150,7 +150,8 @@ def _surrogate(operation: Operation, value: jax.Array, parameters: AffineParamet
         if operation.activation.kind == "relu6":
             value = jnp.minimum(value, 6.0 / scale)
     if clip_mask:
-        value = jnp.clip(value, -zero_point, top_code(operation.output_bits) - zero_point)
+        top = top_code(operation.output_bits)
+        value = clip_inclusive(value, -zero_point, top - zero_point)
     return value + zero_point
 
 

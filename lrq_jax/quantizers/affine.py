@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lrq_jax.ops.division import divide
-from lrq_jax.ops.straight_through import round_through, straight_through
+from lrq_jax.ops.straight_through import clip_inclusive, round_through, straight_through
 
 SMALLEST_RANGE = 1e-8
 """Ranges are widened to this, so that a constant tensor has a scale (the lineage's value)."""
@@ -90,9 +90,7 @@ def lineage_fake_quant(x: jax.Array, low: jax.Array, high: jax.Array, bits: int,
     """
     scale, offset = lineage_parameters(low, high, bits)
     exact = (lineage_codes(x, scale, offset, bits) + offset) / scale
-    # Not jnp.clip: at the ends themselves, where min-max ranges have values, it halves gradients.
-    inside = jnp.where(x < low, low, jnp.where(x > high, high, x))
-    return straight_through(exact, inside if clip_mask else x)
+    return straight_through(exact, clip_inclusive(x, low, high) if clip_mask else x)
 
 
 def bias_codes(bias: jax.Array, scale: jax.Array) -> jax.Array:
