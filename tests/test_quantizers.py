@@ -14,7 +14,14 @@ from lrq_jax.quantizers.affine import (
     quantize,
     top_code,
 )
-from lrq_jax.quantizers.ranges import OBSERVERS, initial_ranges, min_max, percentile, track
+from lrq_jax.quantizers.ranges import (
+    OBSERVERS,
+    initial_ranges,
+    min_max,
+    percentile,
+    smallest_error,
+    track,
+)
 
 BITS = range(2, 9)
 _parameters = jax.jit(affine_parameters, static_argnames="bits")
@@ -224,29 +231,53 @@ def test_observers_reduce_the_axes_they_are_given(name, rng):
     x = jnp.asarray(rng.standard_normal((3, 4, 5, 6)), jnp.float32)
     observe = OBSERVERS[name]
     for axes, shape in (((0, 1, 2, 3), ()), ((0, 1, 2), (6,)), ((0,), (4, 5, 6))):
-        observed = observe(x, axes)
+        observed = observe(x, axes, 4)
         assert set(observed) == {"low", "high"}
         assert observed["low"].shape == observed["high"].shape == shape
         assert (observed["low"] <= observed["high"]).all()
-    per_channel = observe(x, (0, 1, 2))
+    per_channel = observe(x, (0, 1, 2), 4)
     for c in range(6):
-        alone = observe(x[..., c], (0, 1, 2))
+        alone = observe(x[..., c], (0, 1, 2), 4)
         np.testing.assert_allclose(per_channel["low"][c], alone["low"], rtol=1e-6)
         np.testing.assert_allclose(per_channel["high"][c], alone["high"], rtol=1e-6)
 
 
 def test_min_max_and_percentile_equal_numpy(rng):
     x = rng.standard_normal((40, 50, 3)).astype(np.float32) ** 3
-    found = min_max(jnp.asarray(x), (0, 1))
+    found = min_max(jnp.asarray(x), (0, 1), 4)
     np.testing.assert_array_equal(found["low"], x.min((0, 1)))
     np.testing.assert_array_equal(found["high"], x.max((0, 1)))
     for tail in (1e-3, 0.05, 0.0):
-        found = percentile(jnp.asarray(x), (0, 1), tail=tail)
+        found = percentile(jnp.asarray(x), (0, 1), 4, tail=tail)
         np.testing.assert_allclose(found["low"], np.quantile(x, tail, (0, 1)), rtol=1e-3)
         np.testing.assert_allclose(found["high"], np.quantile(x, 1 - tail, (0, 1)), rtol=1e-3)
     x = jnp.asarray(rng.permutation(100_000), jnp.float32)
-    found = percentile(x, (0,))
+    found = percentile(x, (0,), 4)
     assert (x < found["low"]).sum() == (x > found["high"]).sum() == 100
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_smallest_error_is_the_best_share_of_the_whole_range(bits, rng):
+    x = rng.standard_normal((3000, 4)).astype(np.float32) ** 3
+    x[:, 1] = np.maximum(x[:, 1], 0)
+    x[:, 2] = rng.uniform(-1, 2, 3000)
+    found = smallest_error(jnp.asarray(x), (0,), bits)
+    for c in range(4):
+        errors = {}
+        for ratio in np.linspace(1, 0.3, 36, dtype=np.float32):
+            low, high = min(ratio * x[:, c].min(), 0), ratio * x[:, c].max()
+            step = (high - low) / (2**bits - 1)
+            zero = np.rint(-low / step)
+            codes = np.clip(np.rint(x[:, c] / step) + zero, 0, 2**bits - 1)
+            errors[ratio] = np.mean(np.abs((codes - zero) * step - x[:, c]) ** 2.4)
+        low, high = float(found["low"][c]), float(found["high"][c])
+        ratio = min(errors, key=lambda r, high=high, c=c: abs(r * x[:, c].max() - high))
+        np.testing.assert_allclose(
+            [low, high], ratio * np.array([x[:, c].min(), x[:, c].max()]), rtol=1e-5
+        )
+        np.testing.assert_allclose(errors[ratio], min(errors.values()), rtol=1e-3)
+    # At few bits a heavy tail loses its end.
+    assert bits == 8 or found["high"][0] < 0.9 * x[:, 0].max()
 
 
 def test_initial_ranges_hold_what_is_known():

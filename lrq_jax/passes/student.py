@@ -115,8 +115,8 @@ def calibrate(student: Student, variables: Variables, images: jax.Array) -> tupl
     observe = OBSERVERS[student.spec.act_observer]
     ranges = dict(quant["activations"])
 
-    def update(name: str, values: jax.Array) -> dict[str, jax.Array]:
-        observed = observe(jax.lax.stop_gradient(values), tuple(range(values.ndim)))
+    def update(name: str, values: jax.Array, bits: int) -> dict[str, jax.Array]:
+        observed = observe(jax.lax.stop_gradient(values), tuple(range(values.ndim)), bits)
         ranges[name] = track(ranges[name], observed, quant["updates"], student.spec.range_decay)
         return ranges[name]
 
@@ -124,7 +124,8 @@ def calibrate(student: Student, variables: Variables, images: jax.Array) -> tupl
     if student.is_integer:
 
         def tensor(name: str, bits: int, real: Any) -> AffineParameters:
-            return _parameters(ranges[name] if name == INPUT else update(name, real()), bits)
+            known = name == INPUT
+            return _parameters(ranges[name] if known else update(name, real(), bits), bits)
 
         source = Source(
             weights=lambda op, scale: quantize_weights(op, variables, student.spec, scale),
@@ -156,8 +157,7 @@ def quantize_weights(operation: Operation, variables: Variables, spec: QuantSpec
     else:
         bits = operation.weight_bits
         kernel = params[layer.name]["kernel"]
-        observed = OBSERVERS[spec.weight_observer](kernel, tuple(range(kernel.ndim - 1)))
-        parameters = affine_parameters(**jax.lax.stop_gradient(observed), bits=bits)
+        parameters = affine_parameters(**_kernel_range(spec, kernel, bits), bits=bits)
         codes = quantize(kernel, parameters, bits)
         scale, zero_point = parameters
         bias = params[layer.name]["bias"] if layer.use_bias else jnp.zeros(scale.shape)
@@ -224,7 +224,7 @@ def paper_weight_codes(student: Student, variables: Variables) -> dict[str, dict
         if operation.weight_bits is None:
             continue
         bits, kernel = operation.weight_bits, variables["params"][operation.layer.name]["kernel"]
-        limits = OBSERVERS[student.spec.weight_observer](kernel, tuple(range(kernel.ndim - 1)))
+        limits = _kernel_range(student.spec, kernel, bits)
         scale, offset = lineage_parameters(limits["low"], limits["high"], bits)
         codes = lineage_codes(kernel, scale, offset, bits) + 2 ** (bits - 1)
         stored[operation.layer.name] = {
@@ -233,6 +233,12 @@ def paper_weight_codes(student: Student, variables: Variables) -> dict[str, dict
             "offset": offset.astype(jnp.int32),
         }
     return stored
+
+
+def _kernel_range(spec: QuantSpec, kernel: jax.Array, bits: int) -> dict[str, jax.Array]:
+    """Range `[C_out]` of each output channel's weights; no gradient flows."""
+    observe = OBSERVERS[spec.weight_observer]
+    return jax.lax.stop_gradient(observe(kernel, tuple(range(kernel.ndim - 1)), bits))
 
 
 def _parameters(limits: dict[str, jax.Array], bits: int) -> AffineParameters:
@@ -255,7 +261,7 @@ def _training_source(student: Student, variables: Variables) -> Source:
 
 
 def _ranges_of(variables: Variables) -> Any:
-    return lambda name, values: variables["quant"]["activations"][name]
+    return lambda name, values, bits: variables["quant"]["activations"][name]
 
 
 def _paper_forward(student: Student, variables: Variables, images: jax.Array,
@@ -264,16 +270,15 @@ def _paper_forward(student: Student, variables: Variables, images: jax.Array,
     spec = student.spec
     weight_bits = {op.layer.name: op.weight_bits for op in student.operations}
     act_bits = {op.output: op.output_bits for op in student.operations}
-    observe = OBSERVERS[spec.weight_observer]
 
     def kernel_transform(layer: L.Layer, kernel: jax.Array) -> jax.Array:
-        limits = jax.lax.stop_gradient(observe(kernel, tuple(range(kernel.ndim - 1))))
-        return lineage_fake_quant(kernel, limits["low"], limits["high"], weight_bits[layer.name])
+        bits = weight_bits[layer.name]
+        return lineage_fake_quant(kernel, **_kernel_range(spec, kernel, bits), bits=bits)
 
     def activation_transform(layer: L.Layer, values: jax.Array) -> jax.Array:
-        limits = range_of(layer.name, values)
-        return lineage_fake_quant(values, limits["low"], limits["high"], act_bits[layer.name],
-                                  clip_mask=spec.clip_mask)  # fmt: skip
+        bits = act_bits[layer.name]
+        limits = range_of(layer.name, values, bits)
+        return lineage_fake_quant(values, **limits, bits=bits, clip_mask=spec.clip_mask)
 
     return float_forward(
         student.graph,
