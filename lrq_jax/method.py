@@ -63,6 +63,7 @@ class Method:
     student_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)  # steps
     student_momentum: float = 0.9
     student_weight_decay: float = 1e-4
+    step_size_learning_rate: float = 1e-3  # Adam, of the logarithm of learned step sizes
     generator_learning_rate: float = 1e-3  # Adam
     generator_beta1: float = 0.5  # Adam; beta2 is 0.999
     generator_schedule: str = "step"
@@ -106,8 +107,8 @@ class Method:
                      "student_weight_decay", "noise_bns_weight"):  # fmt: skip
             self._check(name, minimum=0)
         for name in ("temperature", "gradient_clip", "student_learning_rate",
-                     "generator_learning_rate", "noise_learning_rate", "noise_smallest_rate",
-                     "adam_epsilon"):  # fmt: skip
+                     "step_size_learning_rate", "generator_learning_rate", "noise_learning_rate",
+                     "noise_smallest_rate", "adam_epsilon"):  # fmt: skip
             self._check(name, minimum=1e-12)
         for name in ("student_momentum", "generator_beta1"):  # at 1 an average never moves
             self._check(name, minimum=0, maximum=0.9999)

@@ -46,6 +46,7 @@ OTHER_VALUES = {
     "temperature": 5.0,
     "kd_reduction": "element_mean",
     "student_optimizer": "adam",
+    "step_size_learning_rate": 7e-4,
     "student_learning_rate": 0.25,
     "student_schedule": "cosine",
     "student_milestones": (1, 2),

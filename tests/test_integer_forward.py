@@ -17,7 +17,6 @@ from lrq_jax.passes import (
     calibrate,
     float_logits,
     freeze,
-    plan_quantization,
     student_forward,
 )
 from lrq_jax.passes.integer_forward import (
@@ -531,7 +530,9 @@ def folded(gamma, seed=0, *, bits=4, input_scale=0.02):
     spec = QuantSpec(weight_bits=bits, act_bits=bits)
     variables = random_variables(graph, seed)
     variables["params"]["bn"]["scale"] = jnp.asarray(gamma, jnp.float32)
-    operation = plan_quantization(graph, spec)[0]
+    student = Student(graph=graph, spec=spec, input_range=(-1.0, 1.0))
+    variables = student.initial_variables(variables)
+    operation = student.operations[0]
     return variables, quantize_weights(operation, variables, spec, jnp.float32(input_scale))
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from lrq_jax.quantizers.affine import (
     SMALLEST_RANGE,
+    AffineParameters,
     affine_parameters,
     bias_codes,
     dequantize,
@@ -20,6 +21,7 @@ from lrq_jax.quantizers.ranges import (
     min_max,
     percentile,
     smallest_error,
+    stretched,
     track,
 )
 
@@ -173,30 +175,57 @@ def test_lineage_fake_quant_takes_at_most_2_to_the_k_values_and_rounds_half_to_e
     np.testing.assert_allclose(even, np.round(np.asarray(halves)), rtol=1e-6)
 
 
-def test_lineage_gradient_is_the_identity_or_masked(rng):
+@pytest.mark.parametrize("clip_mask", [False, True])
+def test_lineage_gradient_is_the_identity_or_masked_and_that_of_a_learned_step(clip_mask, rng):
     x = jnp.float32([-3, -1.0001, -1, -0.3, 0, 1.7, 2, 2.0001, 9])
     weights = jnp.asarray(rng.standard_normal(9), jnp.float32)
     low, high = jnp.float32(-1), jnp.float32(2)
 
-    def gradient(clip_mask):
-        return jax.grad(
-            lambda x, low, high: jnp.sum(
-                weights * _fake_quant(x, low, high, 4, clip_mask=clip_mask)
-            ),
-            (0, 1, 2),
-        )(x, low, high)
+    def total(x, low, high):
+        return jnp.sum(weights * _fake_quant(x, low, high, 4, clip_mask=clip_mask))
 
-    plain, *ends = gradient(False)
-    np.testing.assert_array_equal(plain, weights)
-    np.testing.assert_array_equal(ends, [0, 0])
-    masked, by_low, by_high = gradient(True)
-    inside = np.array([0, 0, 1, 1, 1, 1, 1, 0, 0])
-    np.testing.assert_array_equal(masked, weights * inside)
-    np.testing.assert_allclose(
-        [by_low, by_high], [weights[:2].sum(), weights[-2:].sum()], rtol=1e-6
-    )
-    values = [_fake_quant(x, low, high, 4, clip_mask=mask) for mask in (False, True)]
-    np.testing.assert_array_equal(*values)
+    found, by_low, by_high = jax.grad(total, (0, 1, 2))(x, low, high)
+    inside = np.array([0, 0, 1, 1, 1, 1, 1, 0, 0]) if clip_mask else np.ones(9)
+    np.testing.assert_allclose(found, weights * inside, rtol=1e-6)
+    # y = (code + Z)/S: with the rounding taken as the identity, dy/dS = (x - y)/S, and -y/S
+    # where a mask holds the code; S = n/(high - low).
+    y = np.asarray(_fake_quant(x, low, high, 4, clip_mask=clip_mask))
+    by_width = (np.asarray(y) - np.asarray(x) * inside) / 3.0
+    expected = float(np.sum(weights * by_width))
+    np.testing.assert_allclose([by_low, by_high], [-expected, expected], rtol=1e-4)
+    plain = _fake_quant(x, low, high, 4)
+    np.testing.assert_array_equal(plain, y)
+
+
+def test_affine_gradient_is_that_of_a_learned_step(rng):
+    """LSQ, arXiv 1902.08153, equation 3: inside round(v) - v, outside the end; and its mask."""
+    x = jnp.asarray(rng.uniform(-4, 8, 40), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal(40), jnp.float32)
+    scale, zero = 0.37, 3.0
+
+    def total(x, scale):
+        parameters = AffineParameters(scale, jnp.float32(zero))
+        return jnp.sum(weights * dequantize(quantize(x, parameters, 4, clip_mask=True), parameters))
+
+    by_x, by_scale = jax.grad(total, (0, 1))(x, jnp.float32(scale))
+    v = np.asarray(x) / np.float32(scale)
+    inside = (v > -zero) & (v < 15 - zero)
+    assert 5 < inside.sum() < 35
+    np.testing.assert_allclose(by_x, weights * inside, rtol=1e-5)
+    expected = np.where(inside, np.rint(v) - v, np.clip(v, -zero, 15 - zero))
+    np.testing.assert_allclose(by_scale, np.sum(weights * expected), rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_stretched_range_keeps_its_zero_point(bits, rng):
+    for low, high in rng.uniform(-3, 5, (50, 2)):
+        limits = {"low": jnp.float32(min(low, high)), "high": jnp.float32(max(low, high))}
+        before = affine_parameters(**limits, bits=bits)
+        after = affine_parameters(**stretched(limits, jnp.float32(-0.2)), bits=bits)
+        assert after.zero_point == before.zero_point
+        np.testing.assert_allclose(after.scale, before.scale * np.exp(-0.2), rtol=1e-5)
+        same = stretched(limits, jnp.float32(0))
+        assert (same["low"], same["high"]) == (limits["low"], limits["high"])
 
 
 # ---- biases ------------------------------------------------------------------------------------

@@ -127,8 +127,14 @@ def test_each_step_updates_what_it_should_and_nothing_else():
     assert names == {"generator", "centers", "student.params"}
 
 
-def test_every_student_parameter_gets_a_gradient():
-    spec = step_spec(TEACHER, tiny_settings(), None)
+@pytest.mark.parametrize("learned_steps", ["none", "both"])
+@pytest.mark.parametrize("placement", ["integer", "paper"])
+def test_every_student_parameter_gets_a_gradient(placement, learned_steps):
+    settings = tiny_settings()
+    student = dataclasses.replace(
+        settings.student, placement=placement, learned_steps=learned_steps
+    )
+    spec = step_spec(TEACHER, dataclasses.replace(settings, student=student), None)
     variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
     state = steps.initial_state(spec, variables, 0)
     state, _ = jax.jit(functools.partial(steps.calibration_step, spec=spec))(state, variables)
@@ -136,13 +142,29 @@ def test_every_student_parameter_gets_a_gradient():
     labels = jax.numpy.arange(16) % 10
     gradient = jax.jit(jax.grad(steps.student_loss, has_aux=True), static_argnames="spec")
     logits = jax.random.normal(jax.random.key(2), (16, 10))
-    grads, _ = gradient(state.student["params"], state.student, images, labels, logits, spec=spec)
+    trainable = spec.student.trainable(state.student)
+    assert len(trainable["stretch"]) == (2 if learned_steps == "both" else 0)
+    grads, _ = gradient(trainable, state.student, images, labels, logits, spec=spec)
     zero = [
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
         if not np.any(np.asarray(leaf))
     ]
     assert not zero
+
+
+@pytest.mark.parametrize(
+    ("learned_steps", "kinds"),
+    [("none", ()), ("activations", ("activations",)), ("weights", ("weights",)),
+     ("both", ("activations", "weights"))],
+)  # fmt: skip
+def test_a_step_stretches_the_ranges_it_was_told_to(learned_steps, kinds):
+    settings = tiny_settings()
+    student = dataclasses.replace(settings.student, learned_steps=learned_steps)
+    state, *_ = run_steps(dataclasses.replace(settings, student=student), CALIBRATED)
+    stretch = state.student["quant"]["stretch"]
+    moved = {k for k, tree in stretch.items() if any(np.any(v) for v in jax.tree.leaves(tree))}
+    assert moved == set(kinds)
 
 
 def test_the_student_loss_leaves_the_generator_alone():

@@ -13,6 +13,14 @@ import re
 from lrq_jax.graph import INPUT, Graph
 from lrq_jax.graph import layers as L
 
+LEARNED_STEPS = {
+    "none": (),
+    "activations": ("activations",),
+    "weights": ("weights",),
+    "both": ("activations", "weights"),
+}
+"""Which quantizers' steps are trained, by the name a config gives them."""
+
 PLACEMENTS = ("integer", "paper")
 POLICIES = ("U", "R")
 _KEEPS_CODES = (L.MaxPool, L.Pad, L.Slice, L.Flatten, L.Unflatten, L.ChannelShuffle)
@@ -40,6 +48,8 @@ class QuantSpec:
       weight_observer, act_observer: names in `quantizers.ranges.OBSERVERS`.
       range_decay: of the running average of activation ranges.
       clip_mask: no gradient through saturated activations (LSQ); the lineage has none.
+      learned_steps: step sizes trained with the weights (LSQ, arXiv 1902.08153): `none`,
+        `activations` (one a tensor), `weights` (one an output channel) or `both`.
     """
 
     weight_bits: int = 4
@@ -53,13 +63,18 @@ class QuantSpec:
     act_observer: str = "min_max"
     range_decay: float = 0.9
     clip_mask: bool = False
+    learned_steps: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits", "edge_bits", "boundary_bits"):
             bits = getattr(self, name)
             if bits not in range(2, 9):
                 raise ValueError(f"{name}: found {bits}, expected 2 to 8")
-        for name, allowed in (("policy", POLICIES), ("placement", PLACEMENTS)):
+        for name, allowed in (
+            ("policy", POLICIES),
+            ("placement", PLACEMENTS),
+            ("learned_steps", tuple(LEARNED_STEPS)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name}: found {getattr(self, name)!r}, expected one of {allowed}"

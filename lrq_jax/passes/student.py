@@ -24,6 +24,7 @@ from lrq_jax.passes.integer_forward import (
     integer_forward,
 )
 from lrq_jax.passes.plan import (
+    LEARNED_STEPS,
     Operation,
     QuantSpec,
     fixed_tensors,
@@ -41,7 +42,7 @@ from lrq_jax.quantizers.affine import (
     quantize,
     top_code,
 )
-from lrq_jax.quantizers.ranges import OBSERVERS, initial_ranges, track
+from lrq_jax.quantizers.ranges import OBSERVERS, initial_ranges, stretched, track
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,13 +71,40 @@ class Student:
         return self.spec.placement == "integer"
 
     def initial_variables(self, teacher_variables: Variables) -> Variables:
-        """The teacher's variables plus the `quant` collection with ranges not yet seen."""
+        """The teacher's variables plus the `quant` collection: ranges not yet seen, not stretched."""
         fixed = dict.fromkeys(fixed_tensors(self.spec), self.input_range)
         tracked = tracked_tensors(self.graph, self.spec)
+        kernels = teacher_variables["params"]
+        stretch = {
+            "activations": {name: jnp.float32(0) for name in tracked},
+            "weights": {
+                layer.name: jnp.zeros(kernels[layer.name]["kernel"].shape[-1])
+                for layer in self.graph.weighted
+            },
+        }
         return {
             "params": teacher_variables["params"],
             "batch_stats": teacher_variables["batch_stats"],
-            "quant": initial_ranges(tracked, fixed),
+            "quant": {**initial_ranges(tracked, fixed), "stretch": stretch},
+        }
+
+    def trainable(self, variables: Variables) -> Variables:
+        """What gradients change: `params`, and the `stretch` of the ranges that are learned."""
+        stretch = variables["quant"]["stretch"]
+        learned = LEARNED_STEPS[self.spec.learned_steps]
+        return {
+            "params": variables["params"],
+            "stretch": {kind: stretch[kind] for kind in learned},
+        }
+
+    def with_trainable(self, variables: Variables, trainable: Variables) -> Variables:
+        """The variables with other values of what `trainable` returned."""
+        quant = variables["quant"]
+        stretch = {**quant["stretch"], **trainable["stretch"]}
+        return {
+            **variables,
+            "params": trainable["params"],
+            "quant": {**quant, "stretch": stretch},
         }
 
 
@@ -157,8 +185,10 @@ def quantize_weights(operation: Operation, variables: Variables, spec: QuantSpec
     else:
         bits = operation.weight_bits
         kernel = params[layer.name]["kernel"]
-        parameters = affine_parameters(**_kernel_range(spec, kernel, bits), bits=bits)
-        codes = quantize(kernel, parameters, bits)
+        limits = _kernel_range(spec, variables, layer, bits)
+        parameters = affine_parameters(**limits, bits=bits)
+        learned = "weights" in LEARNED_STEPS[spec.learned_steps]
+        codes = quantize(kernel, parameters, bits, clip_mask=learned)
         scale, zero_point = parameters
         bias = params[layer.name]["bias"] if layer.use_bias else jnp.zeros(scale.shape)
     if batch_norm is not None:
@@ -224,7 +254,7 @@ def paper_weight_codes(student: Student, variables: Variables) -> dict[str, dict
         if operation.weight_bits is None:
             continue
         bits, kernel = operation.weight_bits, variables["params"][operation.layer.name]["kernel"]
-        limits = _kernel_range(student.spec, kernel, bits)
+        limits = _kernel_range(student.spec, variables, operation.layer, bits)
         scale, offset = lineage_parameters(limits["low"], limits["high"], bits)
         codes = lineage_codes(kernel, scale, offset, bits) + 2 ** (bits - 1)
         stored[operation.layer.name] = {
@@ -235,10 +265,19 @@ def paper_weight_codes(student: Student, variables: Variables) -> dict[str, dict
     return stored
 
 
-def _kernel_range(spec: QuantSpec, kernel: jax.Array, bits: int) -> dict[str, jax.Array]:
-    """Range `[C_out]` of each output channel's weights; no gradient flows."""
-    observe = OBSERVERS[spec.weight_observer]
-    return jax.lax.stop_gradient(observe(kernel, tuple(range(kernel.ndim - 1)), bits))
+def _kernel_range(spec: QuantSpec, variables: Variables, layer: L.Layer, bits: int) -> dict[str, jax.Array]:  # fmt: skip
+    """Range `[C_out]` of each output channel's weights; gradients reach its stretch alone."""
+    kernel = variables["params"][layer.name]["kernel"]
+    observed = OBSERVERS[spec.weight_observer](kernel, tuple(range(kernel.ndim - 1)), bits)
+    stretch = variables["quant"]["stretch"]["weights"][layer.name]
+    return stretched(jax.lax.stop_gradient(observed), stretch)
+
+
+def _activation_range(variables: Variables, name: str) -> dict[str, jax.Array]:
+    """Range of a tensor as calibrated, stretched as learned; the image's is known and fixed."""
+    quant = variables["quant"]
+    limits = quant["activations"][name]
+    return limits if name == INPUT else stretched(limits, quant["stretch"]["activations"][name])
 
 
 def _parameters(limits: dict[str, jax.Array], bits: int) -> AffineParameters:
@@ -246,10 +285,9 @@ def _parameters(limits: dict[str, jax.Array], bits: int) -> AffineParameters:
 
 
 def _frozen_tensors(student: Student, variables: Variables) -> dict[str, AffineParameters]:
-    ranges = variables["quant"]["activations"]
     bits = {op.output: op.output_bits for op in student.operations if op.output_bits}
     bits[INPUT] = student.spec.boundary_bits
-    return {name: _parameters(ranges[name], bits[name]) for name in bits}
+    return {name: _parameters(_activation_range(variables, name), bits[name]) for name in bits}
 
 
 def _training_source(student: Student, variables: Variables) -> Source:
@@ -261,7 +299,7 @@ def _training_source(student: Student, variables: Variables) -> Source:
 
 
 def _ranges_of(variables: Variables) -> Any:
-    return lambda name, values, bits: variables["quant"]["activations"][name]
+    return lambda name, values, bits: _activation_range(variables, name)
 
 
 def _paper_forward(student: Student, variables: Variables, images: jax.Array,
@@ -273,7 +311,7 @@ def _paper_forward(student: Student, variables: Variables, images: jax.Array,
 
     def kernel_transform(layer: L.Layer, kernel: jax.Array) -> jax.Array:
         bits = weight_bits[layer.name]
-        return lineage_fake_quant(kernel, **_kernel_range(spec, kernel, bits), bits=bits)
+        return lineage_fake_quant(kernel, **_kernel_range(spec, variables, layer, bits), bits=bits)
 
     def activation_transform(layer: L.Layer, values: jax.Array) -> jax.Array:
         bits = act_bits[layer.name]

@@ -45,11 +45,16 @@ def affine_parameters(low: jax.Array, high: jax.Array, bits: int) -> AffineParam
     return AffineParameters(scale, jnp.clip(jnp.rint(divide(-low, scale)), 0, top_code(bits)))
 
 
-def quantize(x: jax.Array, parameters: AffineParameters, bits: int) -> jax.Array:
-    """Codes of `x`; straight-through gradient, not masked where the code saturates."""
+def quantize(x: jax.Array, parameters: AffineParameters, bits: int, *, clip_mask: bool = False) -> jax.Array:  # fmt: skip
+    """Codes of `x`; straight-through gradient to `x` and to the scale (LSQ, arXiv 1902.08153).
+
+    `clip_mask` stops the gradient to `x` where the code saturates, as LSQ does.
+    """
     scale, zero_point = parameters
     value = divide(x, scale)
     exact = jnp.clip(jnp.rint(value) + zero_point, 0, top_code(bits))
+    if clip_mask:
+        value = clip_inclusive(value, -zero_point, top_code(bits) - zero_point)
     return straight_through(exact, value + zero_point)
 
 
@@ -86,11 +91,13 @@ def lineage_fake_quant(x: jax.Array, low: jax.Array, high: jax.Array, bits: int,
       clip_mask: zero the gradient outside the range, as LSQ does; the lineage does not.
 
     Returns:
-      Same shape as `x`, with the straight-through gradient.
+      Same shape as `x`, with the straight-through gradient to `x` and to the range's width.
     """
     scale, offset = lineage_parameters(low, high, bits)
-    exact = (lineage_codes(x, scale, offset, bits) + offset) / scale
-    return straight_through(exact, clip_inclusive(x, low, high) if clip_mask else x)
+    value, half = scale * x - offset, 2 ** (bits - 1)
+    if clip_mask:
+        value = clip_inclusive(value, -half, half - 1)
+    return (straight_through(lineage_codes(x, scale, offset, bits), value) + offset) / scale
 
 
 def bias_codes(bias: jax.Array, scale: jax.Array) -> jax.Array:

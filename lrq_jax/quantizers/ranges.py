@@ -79,6 +79,11 @@ def initial_ranges(tensors: tuple[str, ...], fixed: dict[str, tuple[float, float
     }
 
 
+def stretched(limits: Range, stretch: jax.Array) -> Range:
+    """The range times `exp(stretch)`: a learned step size that keeps its zero point."""
+    return {end: jnp.exp(stretch) * value for end, value in limits.items()}
+
+
 def track(previous: Range, observed: Range, updates: jax.Array, decay: float) -> Range:
     """One step of a plain exponential moving average, started from the first batch.
 

@@ -17,21 +17,24 @@ def learning_rate(name: str, peak: float, milestones: tuple[int, ...], steps: in
 
 
 def student_optimizer(method: Method) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum (the lineage's), or Adam; weight decay and clipping in front."""
-    rate = learning_rate(
-        method.student_schedule,
-        method.student_learning_rate,
-        method.student_milestones,
-        method.steps,
+    """Of `{"params": ..., "stretch": ...}`: SGD with Nesterov momentum (the lineage's) or Adam,
+    weight decay and clipping in front, for the weights; Adam for learned step sizes."""
+    rate, step_rate = (
+        learning_rate(method.student_schedule, peak, method.student_milestones, method.steps)
+        for peak in (method.student_learning_rate, method.step_size_learning_rate)
     )
     if method.student_optimizer == "sgd":
         update = optax.sgd(rate, momentum=method.student_momentum, nesterov=True)
     else:
         update = optax.adam(rate, eps=method.adam_epsilon)
-    return optax.chain(
+    params = optax.chain(
         optax.clip_by_global_norm(method.gradient_clip),
         optax.add_decayed_weights(method.student_weight_decay),
         update,
+    )
+    stretch = optax.adam(step_rate, eps=method.adam_epsilon)
+    return optax.partition(
+        {"params": params, "stretch": stretch}, {"params": "params", "stretch": "stretch"}
     )
 
 

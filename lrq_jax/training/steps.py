@@ -91,7 +91,7 @@ def initial_state(spec: StepSpec, teacher: Variables, seed: int) -> TrainState:
         generator_opt=generator_optimizer(spec.method).init(generator),
         centers=losses.initial_centers(graph.num_classes, graph.shapes[graph.features][0]),
         student=student,
-        student_opt=student_optimizer(spec.method).init(student["params"]),
+        student_opt=student_optimizer(spec.method).init(spec.student.trainable(student)),
     )
 
 
@@ -158,11 +158,11 @@ def synthesis_loss(generator: Any, teacher: Variables, centers: Centers, noise: 
     return total, {"images": images, "logits": logits, "features": features, "terms": terms}
 
 
-def student_loss(params: Any, student: Variables, images: jax.Array, labels: jax.Array,
+def student_loss(trainable: Variables, student: Variables, images: jax.Array, labels: jax.Array,
                  teacher_logits: jax.Array, *, spec: StepSpec) -> tuple[jax.Array, Metrics]:  # fmt: skip
     """`L_S = w_ce * CE + distillation` of the quantized student."""
     method, output = spec.method, spec.graph.output
-    variables = {**student, "params": params}
+    variables = spec.student.with_trainable(student, trainable)
     logits = student_forward(spec.student, variables, images, (output,))[output]
     if method.student_loss == "dkd":
         distill = losses.decoupled_distillation(
@@ -201,10 +201,10 @@ def _update_generator(state: TrainState, teacher: Variables, key: jax.Array, spe
 def _update_student(state: TrainState, images: jax.Array, labels: jax.Array,
                     teacher_logits: jax.Array, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
     gradient = jax.grad(student_loss, has_aux=True)
-    params = state.student["params"]
-    grads, terms = gradient(params, state.student, images, labels, teacher_logits, spec=spec)
-    updates, opt = student_optimizer(spec.method).update(grads, state.student_opt, params)
-    student = {**state.student, "params": optax.apply_updates(params, updates)}
+    trainable = spec.student.trainable(state.student)
+    grads, terms = gradient(trainable, state.student, images, labels, teacher_logits, spec=spec)
+    updates, opt = student_optimizer(spec.method).update(grads, state.student_opt, trainable)
+    student = spec.student.with_trainable(state.student, optax.apply_updates(trainable, updates))
     return state._replace(student=student, student_opt=opt), terms
 
 
