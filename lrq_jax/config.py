@@ -110,8 +110,9 @@ def short_schedule(config: ConfigDict, *, steps: int, warmup_steps: int = 200) -
     method.student_weight_decay = 0.0
     method.generator_schedule = "cosine"
     method.temperature = 4.0
-    method.noise_batches = 2
-    method.noise_iterations = 200
+    method.noise_batches = 4
+    method.noise_batch_size = 128
+    method.noise_iterations = 80
     return config
 
 

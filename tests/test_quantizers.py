@@ -13,7 +13,9 @@ from lrq_jax.quantizers.affine import (
     dequantize,
     lineage_fake_quant,
     quantize,
+    quantize_weight,
     top_code,
+    weight_parameters,
 )
 from lrq_jax.quantizers.ranges import (
     OBSERVERS,
@@ -346,3 +348,40 @@ def test_tracker_at_rest_stays():
         state = track(state, batch, jnp.int32(updates), 0.9)
     np.testing.assert_allclose(state["low"], batch["low"], rtol=1e-5)
     np.testing.assert_allclose(state["high"], batch["high"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 7, 8])
+def test_weights_ship_as_int8_whatever_their_sign(bits, rng):
+    """Centred codes fit int8, also reflected by a negative gamma; outliers saturate."""
+    x = jnp.asarray(rng.standard_normal((500, 3)) * [1, 5, 0.01] + [0, 3, 0], jnp.float32)
+    low, high = 0.7 * x.min(0), 0.7 * x.max(0)
+    parameters = weight_parameters(low, high, bits)
+    codes = quantize_weight(x, parameters, bits)
+    centred = np.asarray(codes - parameters.zero_point)
+    assert np.abs(centred).max() <= 127
+    assert (np.asarray(codes) >= 0).all()
+    assert (np.asarray(codes) <= top_code(bits)).all()
+    inside = np.asarray((x >= low) & (x <= high))
+    wrong = np.abs(np.asarray(dequantize(codes, parameters)) - np.asarray(x))
+    assert (wrong <= 1.001 * np.asarray(parameters.scale))[inside].all()
+    if bits >= 7:
+        assert np.abs(centred).max() == 2 ** (bits - 1) - 1
+        assert (np.asarray(parameters.zero_point) == 2 ** (bits - 1)).all()
+    if bits == 7:
+        assert 2 * 255 * np.abs(centred).max() <= 32767, "pairs saturate without VNNI"
+    if bits < 7:
+        plain = affine_parameters(low, high, bits)
+        np.testing.assert_array_equal(plain.scale, parameters.scale)
+        np.testing.assert_array_equal(codes, quantize(x, plain, bits))
+    flat = weight_parameters(jnp.zeros(1), jnp.zeros(1), bits)
+    assert (quantize_weight(jnp.zeros((4, 1)), flat, bits) == flat.zero_point).all()
+
+
+def test_the_search_for_a_range_looks_at_every_channel(rng):
+    """Large tensors are thinned out; a channel with other values must not be missed."""
+    x = rng.standard_normal((40, 64, 64, 8)).astype(np.float32)
+    x[..., 5] *= 50
+    found = smallest_error(jnp.asarray(x), (0, 1, 2, 3), 4)
+    every = smallest_error(jnp.asarray(x[:4].reshape(-1)[: 2**16]), (0,), 4)
+    assert found["high"] > 50
+    np.testing.assert_allclose(found["high"] / x.max(), every["high"] / x[:4].max(), atol=0.15)

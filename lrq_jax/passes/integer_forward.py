@@ -60,10 +60,13 @@ class Source(NamedTuple):
     Attributes:
       weights: (operation, scale of its input) -> QuantizedWeights.
       tensor: (name, bits, thunk of the tensor's unquantized real values) -> AffineParameters.
+      table: operation of an activation on its own -> its output's code for every code of its
+        input, or None where there is no such table yet.
     """
 
     weights: Callable[[Operation, jax.Array], QuantizedWeights]
     tensor: Callable[[str, int, Callable[[], jax.Array]], AffineParameters]
+    table: Callable[[Operation], jax.Array | None] = lambda operation: None
 
 
 def integer_forward(operations: tuple[Operation, ...], frozen: dict[str, Any], images: jax.Array,
@@ -73,7 +76,7 @@ def integer_forward(operations: tuple[Operation, ...], frozen: dict[str, Any], i
     Args:
       operations: of `plan_quantization`.
       frozen: of `freeze`: `{"weights": {layer: QuantizedWeights}, "tensors": {tensor:
-        AffineParameters}}`.
+        AffineParameters}, "tables": {tensor: codes}}`.
       images: `[B, H, W, C]` in the network's normalised input space.
       outputs: tensors that operations make; the last operation's are float logits.
       input_bits: bits of the image's codes.
@@ -81,6 +84,7 @@ def integer_forward(operations: tuple[Operation, ...], frozen: dict[str, Any], i
     source = Source(
         weights=lambda operation, _: frozen["weights"][operation.layer.name],
         tensor=lambda name, bits, real: frozen["tensors"][name],
+        table=lambda operation: frozen["tables"][operation.output],
     )
     return execute(operations, source, images, outputs, input_bits=input_bits)
 
@@ -301,11 +305,32 @@ def _window_sums_in_order(layer: L.AvgPool, x: QuantizedTensor) -> jax.Array:
 @_run.register
 def _activation(layer: L.Activation, operation: Operation, source: Source, clip_mask: bool,
                 x: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
-    """An activation on its own: a table over the input's codes."""
+    """An activation on its own: a table over the input's codes, so that a frozen network needs
+    no exponential, which devices compute differently."""
+    table = source.table(operation)
+    if table is not None:
+        parameters = source.tensor(operation.output, operation.output_bits, lambda: x.codes)
+        codes = jnp.take(table, x.codes.astype(jnp.int32), mode="clip")
+        return QuantizedTensor(codes, parameters, operation.output_bits)
     real = apply_layer(layer, {}, dequantize(x.codes, x.parameters))
     return _requantize(
         operation, source, clip_mask, lambda scale: divide(real, scale), lambda: real
     )
+
+
+def activation_table(operation: Operation, source: Source, parameters: AffineParameters,
+                     bits: int) -> jax.Array:  # fmt: skip
+    """Codes `[2^bits]` that an activation on its own makes of every code of its input.
+
+    Args:
+      operation: whose layer is an `Activation`.
+      source: of the output's parameters; has no table itself.
+      parameters, bits: of the input.
+    """
+    codes = jnp.arange(top_code(bits) + 1, dtype=jnp.float32)
+    return _run(
+        operation.layer, operation, source, False, QuantizedTensor(codes, parameters, bits)
+    ).codes
 
 
 @_run.register

@@ -163,6 +163,16 @@ def plan_quantization(graph: Graph, spec: QuantSpec) -> tuple[Operation, ...]:
     return tuple(operations)
 
 
+def origins_of_codes(operations: tuple[Operation, ...]) -> dict[str, str]:
+    """Every tensor of codes -> the tensor whose scale and zero point they have: its own name,
+    unless its layer only moves codes."""
+    origins = {INPUT: INPUT}
+    for operation in operations:
+        moved = type(operation.layer) in _KEEPS_CODES
+        origins[operation.output] = origins[operation.inputs[0]] if moved else operation.output
+    return origins
+
+
 def tracked_tensors(graph: Graph, spec: QuantSpec) -> tuple[str, ...]:
     """Tensors whose range is learned from images, in order; the image's own is known."""
     if spec.placement == "paper":

@@ -20,6 +20,7 @@ from lrq_jax.passes.float_forward import Variables, batch_norm_affine, float_for
 from lrq_jax.passes.integer_forward import (
     QuantizedWeights,
     Source,
+    activation_table,
     execute,
     integer_forward,
 )
@@ -28,6 +29,7 @@ from lrq_jax.passes.plan import (
     Operation,
     QuantSpec,
     fixed_tensors,
+    origins_of_codes,
     plan_quantization,
     tracked_tensors,
 )
@@ -39,8 +41,9 @@ from lrq_jax.quantizers.affine import (
     lineage_codes,
     lineage_fake_quant,
     lineage_parameters,
-    quantize,
+    quantize_weight,
     top_code,
+    weight_parameters,
 )
 from lrq_jax.quantizers.ranges import OBSERVERS, initial_ranges, stretched, track
 
@@ -64,6 +67,17 @@ class Student:
     def operations(self) -> tuple[Operation, ...]:
         """What an integer runtime executes, in order."""
         return plan_quantization(self.graph, self.spec)
+
+    @functools.cached_property
+    def code_bits(self) -> dict[str, int]:
+        """Bits of every tensor that has codes of its own, the image first."""
+        made = {op.output: op.output_bits for op in self.operations if op.output_bits}
+        return {INPUT: self.spec.boundary_bits, **made}
+
+    @functools.cached_property
+    def origins(self) -> dict[str, str]:
+        """Every tensor of codes -> the tensor whose scale and zero point they have."""
+        return origins_of_codes(self.operations)
 
     @property
     def is_integer(self) -> bool:
@@ -186,9 +200,9 @@ def quantize_weights(operation: Operation, variables: Variables, spec: QuantSpec
         bits = operation.weight_bits
         kernel = params[layer.name]["kernel"]
         limits = _kernel_range(spec, variables, layer, bits)
-        parameters = affine_parameters(**limits, bits=bits)
+        parameters = weight_parameters(**limits, bits=bits)
         learned = "weights" in LEARNED_STEPS[spec.learned_steps]
-        codes = quantize(kernel, parameters, bits, clip_mask=learned)
+        codes = quantize_weight(kernel, parameters, bits, clip_mask=learned)
         scale, zero_point = parameters
         bias = params[layer.name]["bias"] if layer.use_bias else jnp.zeros(scale.shape)
     if batch_norm is not None:
@@ -213,7 +227,8 @@ def freeze(student: Student, variables: Variables) -> dict[str, Any]:
     Evaluation and export use this very tree, so what is measured is what ships.
 
     Returns:
-      `{"weights": {layer: QuantizedWeights}, "tensors": {tensor: AffineParameters}}`.
+      `{"weights": {layer: QuantizedWeights}, "tensors": {tensor: AffineParameters},
+      "tables": {tensor: codes of an activation on its own, for every code of its input}}`.
 
     Raises:
       ValueError: the student is not of the `integer` placement.
@@ -224,16 +239,17 @@ def freeze(student: Student, variables: Variables) -> dict[str, Any]:
             "integer network; set student.placement='integer'"
         )
     tensors = _frozen_tensors(student, variables)
-    scales = {name: parameters.scale for name, parameters in tensors.items()}
-    weights = {}
+    source = _training_source(student, variables)
+    weights, tables = {}, {}
     for operation in student.operations:
-        input_scale = scales[operation.inputs[0]]
+        origin = student.origins[operation.inputs[0]]
         if operation.has_weights:
-            weights[operation.layer.name] = quantize_weights(
-                operation, variables, student.spec, input_scale
+            weights[operation.layer.name] = source.weights(operation, tensors[origin].scale)
+        if isinstance(operation.layer, L.Activation):
+            tables[operation.output] = activation_table(
+                operation, source, tensors[origin], student.code_bits[origin]
             )
-        scales.setdefault(operation.output, input_scale)  # layers that keep their codes
-    return {"weights": weights, "tensors": tensors}
+    return {"weights": weights, "tensors": tensors, "tables": tables}
 
 
 def frozen_logits(student: Student, frozen: dict[str, Any], images: jax.Array) -> jax.Array:
@@ -285,9 +301,10 @@ def _parameters(limits: dict[str, jax.Array], bits: int) -> AffineParameters:
 
 
 def _frozen_tensors(student: Student, variables: Variables) -> dict[str, AffineParameters]:
-    bits = {op.output: op.output_bits for op in student.operations if op.output_bits}
-    bits[INPUT] = student.spec.boundary_bits
-    return {name: _parameters(_activation_range(variables, name), bits[name]) for name in bits}
+    return {
+        name: _parameters(_activation_range(variables, name), bits)
+        for name, bits in student.code_bits.items()
+    }
 
 
 def _training_source(student: Student, variables: Variables) -> Source:

@@ -17,6 +17,9 @@ from lrq_jax.ops.straight_through import clip_inclusive, round_through, straight
 SMALLEST_RANGE = 1e-8
 """Ranges are widened to this, so that a constant tensor has a scale (the lineage's value)."""
 
+SYMMETRIC_BITS = 7
+"""Weights of at least so many bits have symmetric codes; see `weight_parameters`."""
+
 LARGEST_BIAS = float(2**30)
 """Bias codes end here, so that accumulator plus bias stays inside int32, where integer runtimes
 wrap around."""
@@ -45,16 +48,40 @@ def affine_parameters(low: jax.Array, high: jax.Array, bits: int) -> AffineParam
     return AffineParameters(scale, jnp.clip(jnp.rint(divide(-low, scale)), 0, top_code(bits)))
 
 
+def weight_parameters(low: jax.Array, high: jax.Array, bits: int) -> AffineParameters:
+    """Scale and zero point of weights: as `affine_parameters`, but symmetric from 7 bits up.
+
+    Integer convolutions take one zero point a tensor, so weights ship as `code - zero_point` in
+    int8. Below 7 bits every such difference fits; symmetric codes do, between `-(2^(k-1) - 1)`
+    and `2^(k-1) - 1`. At 7 bits the sum of two products with 8-bit activations then stays
+    inside int16 too, where x86 CPUs without VNNI saturate.
+    """
+    if bits < SYMMETRIC_BITS:
+        return affine_parameters(low, high, bits)
+    half = 2 ** (bits - 1)
+    reach = jnp.maximum(jnp.maximum(-low, high), SMALLEST_RANGE)
+    return AffineParameters(divide(reach, half - 1), jnp.full_like(reach, half))
+
+
 def quantize(x: jax.Array, parameters: AffineParameters, bits: int, *, clip_mask: bool = False) -> jax.Array:  # fmt: skip
     """Codes of `x`; straight-through gradient to `x` and to the scale (LSQ, arXiv 1902.08153).
 
     `clip_mask` stops the gradient to `x` where the code saturates, as LSQ does.
     """
+    return _quantize(x, parameters, 0, top_code(bits), clip_mask)
+
+
+def quantize_weight(x: jax.Array, parameters: AffineParameters, bits: int, *, clip_mask: bool = False) -> jax.Array:  # fmt: skip
+    """Codes of weights under `weight_parameters`; otherwise as `quantize`."""
+    return _quantize(x, parameters, int(bits >= SYMMETRIC_BITS), top_code(bits), clip_mask)
+
+
+def _quantize(x: jax.Array, parameters: AffineParameters, lowest: int, highest: int, clip_mask: bool) -> jax.Array:  # fmt: skip
     scale, zero_point = parameters
     value = divide(x, scale)
-    exact = jnp.clip(jnp.rint(value) + zero_point, 0, top_code(bits))
+    exact = jnp.clip(jnp.rint(value) + zero_point, lowest, highest)
     if clip_mask:
-        value = clip_inclusive(value, -zero_point, top_code(bits) - zero_point)
+        value = clip_inclusive(value, lowest - zero_point, highest - zero_point)
     return straight_through(exact, value + zero_point)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,9 @@ Observer = Callable[[jax.Array, tuple[int, ...], int], Range]
 
 SMALLEST_RATIO, RATIOS = 0.3, 36
 """`smallest_error` tries this many shares of the whole range, from 1 down to the smallest."""
+
+LARGEST_SAMPLE = 2**16
+"""`smallest_error` judges a tensor by about so many of its values; larger ones are thinned out."""
 
 ERROR_POWER = 2.4
 """Between squared and largest error; BRECQ's and QDrop's value."""
@@ -43,6 +47,7 @@ def smallest_error(x: jax.Array, axes: tuple[int, ...], bits: int) -> Range:
       axes: the leading axes of `x`, so that what is left broadcasts against it.
     """
     whole = min_max(x, axes, bits)
+    x, axes = _thinned(x, axes)
 
     def error(ratio: jax.Array) -> jax.Array:
         parameters = affine_parameters(ratio * whole["low"], ratio * whole["high"], bits)
@@ -52,6 +57,16 @@ def smallest_error(x: jax.Array, axes: tuple[int, ...], bits: int) -> Range:
     ratios = jnp.linspace(1.0, SMALLEST_RATIO, RATIOS)
     best = ratios[jnp.argmin(jax.lax.map(error, ratios), axis=0)]
     return {end: best * value for end, value in whole.items()}
+
+
+def _thinned(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    """Every n-th value of a tensor that has one range, all channels alike."""
+    step = -(-x.size // LARGEST_SAMPLE)
+    if step == 1 or len(axes) < x.ndim:
+        return x, axes
+    while math.gcd(step, x.shape[-1]) > 1:
+        step += 1
+    return x.reshape(-1)[::step], (0,)
 
 
 OBSERVERS: dict[str, Observer] = {

@@ -4,7 +4,8 @@
     DIR/codes/         arrays
 
 `integer` placement: per layer uint8 weight codes and zero points, float32 scales, int32 biases;
-per tensor a float32 scale and a uint8 zero point: everything the integer forward needs.
+per tensor a float32 scale and a uint8 zero point; per activation on its own a uint8 table of
+codes: everything the integer forward needs.
 `paper` placement: uint8 weight codes with float32 scale and int32 offset per channel, the
 batch norms and activation ranges in float32, since that placement computes in float.
 """
@@ -51,6 +52,9 @@ def student_codes(student: Student, variables: Variables) -> dict[str, Any]:
                     name: _cast(tensor, AffineParameters(np.float32, np.uint8))
                     for name, tensor in frozen["tensors"].items()
                 },
+                "tables": {
+                    name: table.astype(np.uint8) for name, table in frozen["tables"].items()
+                },
             }
         )
     kernels = jax.jit(paper_weight_codes, static_argnums=0)(student, variables)
@@ -74,6 +78,7 @@ def frozen_from_codes(codes: dict[str, Any]) -> dict[str, Any]:
     return {
         "weights": {n: QuantizedWeights(**as_float(w)) for n, w in codes["weights"].items()},
         "tensors": {n: AffineParameters(**as_float(t)) for n, t in codes["tensors"].items()},
+        "tables": as_float(codes.get("tables") or {}),  # orbax drops an empty one
     }
 
 
