@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lrq_jax.data import EvalData, Preprocessing, batches
+from lrq_jax.data import Batch, EvalData, Preprocessing, batches
 from lrq_jax.sharding import split_batch
 
 Forward = Callable[[jax.Array], jax.Array]
@@ -44,29 +44,56 @@ def evaluate(forwards: dict[str, Forward], data: EvalData, preprocessing: Prepro
     devices = mesh.devices.size
     batch_size = -(-batch_size // devices) * devices
     programs = {name: jax.jit(forward) for name, forward in forwards.items()}
-    counts = {name: np.zeros(3, np.int64) for name in forwards}
-    images = 0
+    tally = Tally(tuple(forwards), data.name, num_classes)
     for batch in batches(data, preprocessing, batch_size=batch_size):
-        if batch.labels.max() >= num_classes:
-            raise ValueError(
-                f"data {data.name!r}: found label {batch.labels.max()}, expected less than the "
-                f"{num_classes} classes of the teacher; is it the right dataset for this teacher?"
-            )
         pixels = jax.device_put(batch.images, split_batch(mesh))
-        logits = {name: jax.device_get(program(pixels)) for name, program in programs.items()}
-        reference = _best(next(iter(logits.values())))
-        images += int(batch.mask.sum())
-        for name, values in logits.items():
-            counts[name] += _count(values, batch.labels, reference, batch.mask)
-    return {
-        name: Accuracy(
-            top1=100 * float(top1) / images,
-            top5=100 * float(top5) / images,
-            agreement=100 * float(agree) / images,
-            images=images,
+        tally.add(
+            {name: jax.device_get(program(pixels)) for name, program in programs.items()}, batch
         )
-        for name, (top1, top5, agree) in counts.items()
-    }
+    return tally.result()
+
+
+class Tally:
+    """Counts of right answers, batch by batch.
+
+    Args:
+      names: of the networks; the first is the one agreement is measured against.
+      data_name: for errors.
+      num_classes: a label beyond it is an error.
+    """
+
+    def __init__(self, names: tuple[str, ...], data_name: str, num_classes: int) -> None:
+        self._counts = {name: np.zeros(3, np.int64) for name in names}
+        self._images, self._data_name, self._num_classes = 0, data_name, num_classes
+
+    def add(self, logits: dict[str, np.ndarray], batch: Batch) -> None:
+        """Counts a batch; its padding does not count.
+
+        Raises:
+          ValueError: a label the network has no class for.
+        """
+        if batch.labels.max() >= self._num_classes:
+            raise ValueError(
+                f"data {self._data_name!r}: found label {batch.labels.max()}, expected less than "
+                f"the {self._num_classes} classes of the teacher; is it the right dataset for this "
+                "teacher?"
+            )
+        reference = _best(logits[next(iter(self._counts))])
+        self._images += int(batch.mask.sum())
+        for name in self._counts:
+            self._counts[name] += _count(logits[name], batch.labels, reference, batch.mask)
+
+    def result(self) -> dict[str, Accuracy]:
+        """Accuracy of each network so far."""
+        return {
+            name: Accuracy(
+                top1=100 * float(top1) / self._images,
+                top5=100 * float(top5) / self._images,
+                agreement=100 * float(agree) / self._images,
+                images=self._images,
+            )
+            for name, (top1, top5, agree) in self._counts.items()
+        }
 
 
 def _count(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> np.ndarray:  # fmt: skip

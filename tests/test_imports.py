@@ -22,8 +22,11 @@ ORDER = (
     ("readers", "method"),
     ("config", "evaluation"),
     ("run_directory", "writers"),
-    ("training",),
+    ("runtimes", "training"),
     ("quantize",),
+    ("export",),
+    ("verify",),
+    ("bench", "evaluate"),
     ("main",),
 )
 ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}
@@ -32,10 +35,13 @@ ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}
 INDEPENDENT = {"ops", "graph", "sharding", "console", "paths", "losses", "synthesis", "data"}
 ALLOWED_FOR_INDEPENDENT = {"synthesis": {"ops"}, "losses": {"ops"}, "data": {"paths"}}
 
-NEVER = {"tensorflow", "torch", "keras", "onnx", "clu"}
+NEVER = {"tensorflow", "torch", "keras", "clu"}
 # Imported by the function that needs them: a run that does not read images this way, or a user
 # of the library without them, never pays.
-LAZY = {"tensorflow_datasets", "sklearn", "ml_collections", "PIL", "tensorboardX"}
+LAZY = {
+    "PIL", "ml_collections", "onnx", "onnxruntime", "openvino", "sklearn", "tensorboardX",
+    "tensorflow_datasets",
+}  # fmt: skip
 MAY_IMPORT_AT_TOP = {"main": {"ml_collections"}}
 
 

@@ -11,7 +11,8 @@ from lrq_jax.graph import INPUT, GraphBuilder
 from lrq_jax.passes import QuantSpec, Student
 from lrq_jax.passes.integer_forward import integer_forward
 from lrq_jax.writers.codes import frozen_from_codes, student_codes
-from lrq_jax.writers.onnx_model import LOGITS, codes_name, onnx_model
+from lrq_jax.writers.onnx_model import onnx_model
+from lrq_jax.writers.onnx_writer import LOGITS, codes_name
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

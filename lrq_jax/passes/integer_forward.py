@@ -81,12 +81,22 @@ def integer_forward(operations: tuple[Operation, ...], frozen: dict[str, Any], i
       outputs: tensors that operations make; the last operation's are float logits.
       input_bits: bits of the image's codes.
     """
-    source = Source(
+    return execute(operations, _frozen_source(frozen), images, outputs, input_bits=input_bits)
+
+
+def integer_codes(operations: tuple[Operation, ...], frozen: dict[str, Any], images: jax.Array,
+                  tensors: Iterable[str], *, input_bits: int) -> dict[str, jax.Array]:  # fmt: skip
+    """Codes (integers in float32) of tensors of a frozen network; as `integer_forward`."""
+    values = _execute(operations, _frozen_source(frozen), images, input_bits, clip_mask=False)
+    return {name: values[name].codes for name in tensors}
+
+
+def _frozen_source(frozen: dict[str, Any]) -> Source:
+    return Source(
         weights=lambda operation, _: frozen["weights"][operation.layer.name],
         tensor=lambda name, bits, real: frozen["tensors"][name],
         table=lambda operation: frozen["tables"][operation.output],
     )
-    return execute(operations, source, images, outputs, input_bits=input_bits)
 
 
 def execute(operations: tuple[Operation, ...], source: Source, images: jax.Array,
@@ -96,13 +106,7 @@ def execute(operations: tuple[Operation, ...], source: Source, images: jax.Array
     `clip_mask` stops the gradient of saturated activations.
     """
     outputs = tuple(outputs)
-    image_parameters = source.tensor(INPUT, input_bits, lambda: images)
-    image_codes = quantize(images, image_parameters, input_bits)
-    values: dict[str, Any] = {INPUT: QuantizedTensor(image_codes, image_parameters, input_bits)}
-    for operation in operations:
-        inputs = [values[name] for name in operation.inputs]
-        run = _run_weighted if operation.has_weights else _run
-        values[operation.output] = run(operation.layer, operation, source, clip_mask, *inputs)
+    values = _execute(operations, source, images, input_bits, clip_mask)
     missing = [name for name in outputs if name not in values]
     if missing:
         raise ValueError(
@@ -115,6 +119,19 @@ def execute(operations: tuple[Operation, ...], source: Source, images: jax.Array
         else value
         for name in outputs
     }
+
+
+def _execute(operations: tuple[Operation, ...], source: Source, images: jax.Array,
+             input_bits: int, clip_mask: bool) -> dict[str, Any]:  # fmt: skip
+    """Every tensor of the network: a QuantizedTensor, or float logits."""
+    image_parameters = source.tensor(INPUT, input_bits, lambda: images)
+    image_codes = quantize(images, image_parameters, input_bits)
+    values: dict[str, Any] = {INPUT: QuantizedTensor(image_codes, image_parameters, input_bits)}
+    for operation in operations:
+        inputs = [values[name] for name in operation.inputs]
+        run = _run_weighted if operation.has_weights else _run
+        values[operation.output] = run(operation.layer, operation, source, clip_mask, *inputs)
+    return values
 
 
 def _activate(operation: Operation, real: jax.Array) -> jax.Array:

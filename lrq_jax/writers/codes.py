@@ -120,6 +120,11 @@ def save_student(directory: Path, student: Student, variables: Variables, *,
     return codes
 
 
+def is_student(directory: Path) -> bool:
+    """Whether `save_student` wrote there."""
+    return (directory / _DESCRIPTION).is_file()
+
+
 def load_student(directory: str | Path) -> tuple[Student, dict[str, Any], Preprocessing]:
     """A student written by `save_student`: its description, codes and preprocessing.
 
@@ -128,7 +133,7 @@ def load_student(directory: str | Path) -> tuple[Student, dict[str, Any], Prepro
       ValueError: another format version.
     """
     directory = Path(directory).resolve()
-    if not (directory / _DESCRIPTION).is_file():
+    if not is_student(directory):
         raise FileNotFoundError(
             f"found no {_DESCRIPTION} in {str(directory)!r}, expected the `student` directory of a "
             "finished run"

@@ -1,0 +1,258 @@
+"""Latency of an exported model beside its float twin, in one run.
+
+    python -m lrq_jax.bench DIR [--batch 1,32] [--threads 1] [--runtime onnxruntime] [--out bench.json]
+
+The float twin is the same network in float32 with folded batch norms. Calls of both alternate, so
+that whatever else the machine does slows both; medians and quartiles are shown, and the ratio of
+each alternating pair. The census counts the operators of the graph the runtime made of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrq_jax.console import say
+from lrq_jax.data.pixels import normalise
+from lrq_jax.export import FILES, STUDENT
+from lrq_jax.runtimes import Runner
+from lrq_jax.runtimes.onnx_runtime import OnnxRunner
+from lrq_jax.runtimes.openvino import OpenVinoRunner
+from lrq_jax.verify import synthetic_pixels
+from lrq_jax.writers.codes import load_student
+from lrq_jax.writers.onnx_float import onnx_float_twin
+
+RUNTIMES: dict[str, Callable[..., Runner]] = {
+    OnnxRunner.name: OnnxRunner,
+    OpenVinoRunner.name: OpenVinoRunner,
+}
+"""Runtimes timed, all on `model.onnx`."""
+
+SECONDS, PAIRS = 4.0, (11, 301)
+"""Each comparison runs about so long, within these numbers of alternating pairs."""
+
+FLOAT_OPERATORS = ("Conv", "FusedConv", "Gemm", "MatMul")
+INTEGER_OPERATORS = ("QLinearConv", "QGemm", "QLinearMatMul")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds a call: (first quartile, median, third quartile), and the ratio of pairs."""
+
+    runtime: str
+    batch: int
+    threads: int
+    pairs: int
+    float32: tuple[float, float, float]
+    integer: tuple[float, float, float]
+    speedup: float
+
+
+def compare(float32: Callable[[], Any], integer: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Seconds of alternating calls `[pairs]` of each."""
+    for call in (float32, integer, float32, integer):
+        call()
+    start = time.perf_counter()
+    float32(), integer()
+    pairs = int(np.clip(SECONDS / (time.perf_counter() - start), *PAIRS))
+    seconds = np.empty((2, pairs))
+    for pair in range(pairs):
+        for row, call in enumerate((float32, integer)):
+            start = time.perf_counter()
+            call()
+            seconds[row, pair] = time.perf_counter() - start
+    return seconds[0], seconds[1]
+
+
+def bench(directory: str | Path, *, batches: tuple[int, ...] = (1, 32), threads: int = 1,
+          runtimes: tuple[str, ...] = (OnnxRunner.name,)) -> dict[str, Any]:  # fmt: skip
+    """Timings, operator census, file sizes and the machine they were measured on.
+
+    Args:
+      directory: an export with `model.onnx`.
+      batches: images a call.
+      threads: of each runtime.
+      runtimes: keys of `RUNTIMES`.
+
+    Raises:
+      FileNotFoundError: no export with an ONNX file there.
+      ValueError: an unknown runtime.
+      ImportError: a runtime is missing; names the extra.
+    """
+    directory = Path(directory)
+    unknown = [name for name in runtimes if name not in RUNTIMES]
+    if unknown or not runtimes:
+        raise ValueError(f"runtime: found {unknown or 'none'}, expected some of {list(RUNTIMES)}")
+    student, codes, preprocessing = load_student(directory / STUDENT)
+    path = directory / FILES["onnx"]
+    if not path.exists():
+        raise FileNotFoundError(f"found no {path.name} in {str(directory)!r}: export it with onnx")
+    twin = onnx_float_twin(student, codes).SerializeToString()
+    timings = []
+    with tempfile.TemporaryDirectory() as temporary:
+        twin_path = Path(temporary) / "float.onnx"
+        twin_path.write_bytes(twin)
+        for name in runtimes:
+            float32, integer = (RUNTIMES[name](p, threads=threads) for p in (twin_path, path))
+            for batch in batches:
+                pixels = synthetic_pixels(student.graph.input_shape, batch)
+                images = normalise(pixels, preprocessing)
+                fed = pixels if integer.input_kind == "uint8" else images
+                seconds = compare(
+                    lambda: float32.logits(images),  # noqa: B023
+                    lambda: integer.logits(fed),  # noqa: B023
+                )
+                timings.append(_timing(name, batch, threads, *seconds))
+    census = OnnxRunner(path, threads=threads).census()
+    return {
+        "network": student.graph.name,
+        "weight_bits": student.spec.weight_bits,
+        "act_bits": student.spec.act_bits,
+        "timings": [dataclasses.asdict(timing) for timing in timings],
+        "census": census,
+        "integer_layers": sum(census.get(kind, 0) for kind in INTEGER_OPERATORS),
+        "float_layers": sum(census.get(kind, 0) for kind in FLOAT_OPERATORS),
+        "bytes": {"float32": len(twin), "integer": path.stat().st_size},
+        "machine": machine(),
+        "versions": {name: _version(name) for name in runtimes},
+    }
+
+
+def _timing(name: str, batch: int, threads: int, float32: np.ndarray, integer: np.ndarray) -> Timing:  # fmt: skip
+    quartiles = [
+        tuple(round(1000 * float(q), 4) for q in np.percentile(seconds, (25, 50, 75)))
+        for seconds in (float32, integer)
+    ]
+    return Timing(
+        runtime=name,
+        batch=batch,
+        threads=threads,
+        pairs=len(float32),
+        float32=quartiles[0],
+        integer=quartiles[1],
+        speedup=round(float(np.median(float32 / integer)), 3),
+    )
+
+
+def _version(name: str) -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version(name)
+
+
+def machine() -> dict[str, Any]:
+    """Processor model and those of its features that integer kernels use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
+    flags = set(fields.get("flags", "").split())
+    wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8")
+    return {
+        "processor": fields.get("model name", platform.processor() or platform.machine()),
+        "features": [flag for flag in wanted if flag in flags],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for a person."""
+    lines = [
+        f"{result['network']} W{result['weight_bits']}A{result['act_bits']} on "
+        f"{result['machine']['processor']} ({' '.join(result['machine']['features'])})",
+        f"{'runtime':<14}{'batch':>6}{'threads':>8}  {'float32 ms (quartiles)':<28}"
+        f"{'integer ms (quartiles)':<28}{'speed-up':>8}",
+    ]
+    for row in result["timings"]:
+        cells = [
+            f"{median:.3f} ({low:.3f} - {high:.3f})"
+            for low, median, high in (row["float32"], row["integer"])
+        ]
+        lines.append(
+            f"{row['runtime']:<14}{row['batch']:>6}{row['threads']:>8}  {cells[0]:<28}"
+            f"{cells[1]:<28}{row['speedup']:>7.2f}x"
+        )
+    sizes = result["bytes"]
+    lines += [
+        f"convolutions and dense layers run as integers: {result['integer_layers']}, "
+        f"as floats: {result['float_layers']}",
+        f"file: {sizes['integer']:,} bytes, float32 {sizes['float32']:,}",
+    ]
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: str | Path) -> None:
+    """Bars of median latency, float beside integer, as a PNG.
+
+    Raises:
+      ImportError: matplotlib is missing; names the extra.
+    """
+    from lrq_jax.writers.extras import require
+
+    require("matplotlib", extra="plot").use("Agg")
+    pyplot = require("matplotlib.pyplot", extra="plot")
+    rows = result["timings"]
+    figure, axes = pyplot.subplots(1, len(rows), figsize=(2.6 * len(rows), 3), squeeze=False)
+    for axis, row in zip(axes[0], rows, strict=True):
+        medians = [row["float32"][1], row["integer"][1]]
+        axis.bar(["float32", "integer"], medians, color=["#999999", "#2a7f62"])
+        axis.set_title(f"{row['runtime']}, batch {row['batch']}\n{row['speedup']:.2f}x", fontsize=9)
+        axis.set_ylabel("ms a call (median)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lrq_jax.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", help="of lrq_jax.export")
+    parser.add_argument("--batch", default="1,32", help="images a call, comma-separated")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runtime", default=OnnxRunner.name, help=f"some of {','.join(RUNTIMES)}")
+    parser.add_argument("--out", help="also write the result there as JSON")
+    parser.add_argument("--plot", help="also draw it there as PNG")
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--batch: found {text!r}, expected numbers such as 1,32")
+    return tuple(int(part) for part in parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after a message on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        result = bench(
+            options.directory,
+            batches=_numbers(options.batch),
+            threads=options.threads,
+            runtimes=tuple(options.runtime.split(",")),
+        )
+        say(table(result))
+        if options.out:
+            Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if options.plot:
+            plot(result, options.plot)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"lrq_jax.bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

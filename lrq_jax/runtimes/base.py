@@ -1,0 +1,25 @@
+"""The interface all runtimes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+
+class Runner(Protocol):
+    """A loaded model. `exact` says whether it must give the reference's codes bit for bit."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    input_kind: str
+    version: str
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Logits `[B, K]` of images `[B, H, W, C]`."""
+        ...
+
+    def codes(self, images: np.ndarray, tensors: Sequence[str]) -> dict[str, np.ndarray]:
+        """Codes of tensors of the network, to find where two runtimes part."""
+        ...

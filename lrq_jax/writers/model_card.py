@@ -1,0 +1,98 @@
+"""The README.md of an export: what the model is, what was measured, what its limits are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lrq_jax.data import Preprocessing
+
+
+def model_card(report: dict[str, Any], preprocessing: Preprocessing) -> str:
+    """Markdown text from an export's report."""
+    run = report["run"]
+    layers = "\n".join(
+        f"| {row['layer']} | {row['kind']} | {'x'.join(map(str, row['shape']))} | "
+        f"{row['weight_bits']} | {row['input_bits']} |"
+        for row in report["layers"]
+    )
+    files = "\n".join(f"| {name} | {size:,} |" for name, size in report["files"].items())
+    return f"""# {run["network"]}, W{run["weight_bits"]}A{run["act_bits"]} integers
+
+Made by lrq_jax {report["version"]} from a trained float
+network, without the data it was trained on.
+
+## Accuracy
+
+{_accuracy(run)}
+
+## Input
+
+{_input(report["options"]["input_kind"], preprocessing)}
+
+## Files
+
+| file | bytes |
+|---|---|
+{files}
+
+`student/` holds the integers themselves. `python -m lrq_jax.verify DIR` proves that the other
+files compute the same ones; `python -m lrq_jax.evaluate --model DIR --data IMAGES` measures
+accuracy on any labelled images.
+
+## Limits
+
+- The accuracy above was measured on the images named there and on no others.
+- Below 8 bits the files are smaller, but CPUs run 8-bit arithmetic: no faster than 8 bits.
+- Runs alike on x86 CPUs without VNNI: {"yes" if report["portable_without_vnni"] else "NO: pairs of products saturate there"}.
+- Runtimes that fuse or drop quantizers (OpenVINO) give other codes now and then.
+
+## Provenance
+
+- teacher: {run["teacher_source"]["file"]}, sha256 {run["teacher_source"]["sha256"]}
+- method: preset {run["preset"]}, policy {run["policy"]}, {run["steps"]} steps, seed {run["seed"]}
+- versions: {", ".join(f"{name} {version}" for name, version in run["versions"].items())}
+- licence: (to be filled in: that of the teacher's weights)
+
+## Bits per layer
+
+| layer | kind | shape | weight bits | input bits |
+|---|---|---|---|---|
+{layers}
+"""
+
+
+def _accuracy(run: dict[str, Any]) -> str:
+    if not run["images"]:
+        return "Not measured: the run was given no labelled images."
+    return (
+        f"{run['student']['top1']:.2f} % top-1 ({run['student']['top5']:.2f} % top-5) on the "
+        f"{run['images']:,} images of {run['data']}; the float teacher has "
+        f"{run['teacher']['top1']:.2f} % on the same images, and both agree on "
+        f"{run['agreement']:.2f} % of them."
+    )
+
+
+def _input(kind: str, preprocessing: Preprocessing) -> str:
+    size, channels = preprocessing.size, preprocessing.channels
+    order = "RGB" if channels == 3 else "grey"
+    mean, std = (
+        ", ".join(f"{value:g}" for value in values)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    resize = (
+        f"Images are resized to a shorter side of {preprocessing.resize} "
+        f"({preprocessing.interpolation}, antialiased) and their centre is cut out. "
+        if preprocessing.resize
+        else ""
+    )
+    form = (
+        f"model.onnx takes raw uint8 pixels `image` `[batch, {size}, {size}, {channels}]`; the "
+        "normalisation is inside. "
+        if kind == "uint8"
+        else f"model.onnx takes float32 `image` `[batch, {channels}, {size}, {size}]`. "
+    )
+    return (
+        f"{order}, {size} x {size} pixels. {resize}{form}Normalisation: "
+        f"`(pixels / 255 - mean) / std` with mean {mean} and std {std}; model.jaxexport takes "
+        f"normalised `[batch, {size}, {size}, {channels}]`."
+    )

@@ -1,0 +1,252 @@
+"""An export is verified, and every planted fault is found."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from small_networks import calibrated, gated_like, resnet_like
+
+from lrq_jax import export, verify
+from lrq_jax.data import Preprocessing
+from lrq_jax.passes import QuantSpec, Student
+from lrq_jax.writers.codes import save_student
+from lrq_jax.writers.onnx_writer import codes_name
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+PREPROCESSING = Preprocessing(mean=(0.4, 0.45, 0.5), std=(0.2, 0.21, 0.22), size=8)
+RUN_REPORT = {
+    "network": "small", "weight_bits": 4, "act_bits": 4, "preset": "lrq", "policy": "U",
+    "steps": 1, "seed": 0, "images": 0, "versions": {"lrq_jax": "0"},
+    "teacher_source": {"file": "t.pt", "sha256": "0"},
+}  # fmt: skip
+
+
+def finished_run(directory, build=resnet_like, bits=4):
+    student, variables, _ = calibrated(build, bits)
+    save_student(
+        directory / "student", student, variables, preprocessing=PREPROCESSING, provenance={}
+    )
+    (directory / "report.json").write_text(json.dumps(RUN_REPORT))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return finished_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "out"
+    export.export_student(run, out, weight_storage="int8")
+    return out
+
+
+def test_an_export_is_what_it_was_made_of(exported):
+    names = {path.name for path in exported.iterdir()}
+    assert names == {"student", "model.onnx", "model.jaxexport", "report.json", "README.md"}
+    report = json.loads((exported / "report.json").read_text())
+    assert report["files"]["model.onnx"] == (exported / "model.onnx").stat().st_size
+    assert report["portable_without_vnni"] is True
+    assert {row["layer"] for row in report["layers"]} > {"conv0", "classifier"}
+    assert "licence: (to be filled in" in (exported / "README.md").read_text()
+    verdicts = verify.verify(exported)
+    assert [v.runtime.split()[0] for v in verdicts] == ["model.onnx", "onnxruntime", "jaxexport"]
+    for verdict in verdicts:
+        assert verdict.passed, verdict
+        assert verdict.exact
+    assert verdicts[1].images == verify.SYNTHETIC_IMAGES + 64
+
+
+@pytest.mark.parametrize("settings", [
+    {"input_kind": "uint8", "targets": ("onnx",)},
+    {"weight_storage": "uint4", "batch": 3, "targets": ("onnx", "jax")},
+])  # fmt: skip
+def test_other_forms_verify_too(settings, run, tmp_path):
+    export.export_student(run, tmp_path / "out", **settings)
+    verdicts = verify.verify(tmp_path / "out")
+    assert len(verdicts) == 1 + len(settings["targets"])
+    assert all(verdict.passed and verdict.exact for verdict in verdicts), verdicts
+
+
+def test_a_network_with_gates_verifies(tmp_path):
+    export.export_student(finished_run(tmp_path / "run", gated_like), tmp_path / "out")
+    assert all(verdict.passed for verdict in verify.verify(tmp_path / "out"))
+
+
+# --- planted faults ------------------------------------------------------------------------------
+
+
+def constant(model, name):
+    (tensor,) = [c for c in model.graph.initializer if c.name == name]
+    return tensor, onnx.numpy_helper.to_array(tensor).copy()
+
+
+def replace(model, name, change):
+    tensor, array = constant(model, name)
+    changed = np.asarray(change(array.copy()), array.dtype)
+    assert changed.shape == array.shape
+    assert (changed != array).any()
+    tensor.CopyFrom(onnx.numpy_helper.from_array(changed, name))
+
+
+def one_entry(change):
+    def apply(array):
+        index = np.unravel_index(np.abs(array.astype(float)).argmax(), array.shape)
+        array[index] = change(array[index])
+        return array
+
+    return apply
+
+
+def without_clip(model):
+    """The second tensor's codes may leave 4 bits."""
+    (clip, *_) = [node for node in model.graph.node if node.op_type == "Clip"]
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if name == clip.output[0]:
+                node.input[i] = clip.input[0]
+    model.graph.node.remove(clip)
+
+
+def half_up(model):
+    """The image rounded half away from zero: scaled, half a step added, floored."""
+    nodes = model.graph.node
+    (index,) = [i for i, n in enumerate(nodes) if n.output[0] == codes_name("image")]
+    quantizer = nodes[index]
+    _, scale = constant(model, "image.scale")
+    _, zero = constant(model, "image.zero_point")
+    values = {"div": scale, "half": np.float32(0.5 + float(zero)), "lo": np.float32(0), "hi": np.float32(255)}  # fmt: skip
+    for name, value in values.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+    make = onnx.helper.make_node
+    steps = [
+        make("Div", ["image", "div"], ["q0"]),
+        make("Add", ["q0", "half"], ["q1"]),
+        make("Floor", ["q1"], ["q2"]),
+        make("Clip", ["q2", "lo", "hi"], ["q3"]),
+        make("Cast", ["q3"], [codes_name("image")], to=onnx.TensorProto.UINT8),
+    ]
+    nodes.remove(quantizer)
+    for offset, step in enumerate(steps):
+        nodes.insert(index + offset, step)
+
+
+def swapped(array):
+    array[[0, 1]] = array[[1, 0]]
+    return array
+
+
+WEIGHT = "conv1.weight.centred"
+FAULTS = {
+    "scale off by one ulp": lambda m: replace(
+        m, "conv1.weight.scale", lambda s: np.nextafter(s, np.float32(9))
+    ),
+    "bias off by one": lambda m: replace(m, "classifier.bias.codes", one_entry(lambda x: x + 1)),
+    "zero point": lambda m: replace(m, "image.zero_point", lambda z: z - 1),
+    "swapped channels": lambda m: replace(m, WEIGHT, swapped),
+    "missing clip": without_clip,
+    "wrong rounding": half_up,
+    "transposed weights": lambda m: replace(m, WEIGHT, lambda w: np.swapaxes(w, 2, 3)),
+    "stale batch norm": lambda m: replace(m, "conv1.weight.scale", lambda s: s * np.float32(1.1)),
+    "int8 overflow": lambda m: replace(m, WEIGHT, one_entry(lambda x: np.int8(-x - 1))),
+}
+HIDDEN = {"scale off by one ulp", "wrong rounding"}
+"""Faults that may change no logit of the images tried; the constants still show them."""
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_planted_fault_is_found(fault, exported, tmp_path, capsys):
+    directory = tmp_path / "out"
+    shutil.copytree(exported, directory)
+    model = onnx.load(directory / "model.onnx")
+    FAULTS[fault](model)
+    onnx.save(model, directory / "model.onnx")
+    code = verify.main([str(directory), "--runtime", "onnxruntime"])
+    said = capsys.readouterr().out
+    assert code == 1, said
+    constants, *runtime = said.split("FAILED  ")[1:]
+    assert constants.startswith("model.onnx against the stored codes: ")
+    if fault not in HIDDEN:
+        assert "differ" in runtime[0]
+
+
+def test_the_first_tensor_that_differs_is_named(exported, tmp_path):
+    directory = tmp_path / "out"
+    shutil.copytree(exported, directory)
+    model = onnx.load(directory / "model.onnx")
+    FAULTS["swapped channels"](model)
+    onnx.save(model, directory / "model.onnx")
+    constants, runtime = verify.verify(directory, runtimes=("onnxruntime",))
+    assert constants.fault.startswith(f"constant '{WEIGHT}' differs")
+    student, _, _ = calibrated(resnet_like, 4)
+    (operation,) = [op for op in student.operations if op.layer.name == "conv1"]
+    assert f"first tensor that differs: '{operation.output}'" in runtime.fault
+    assert runtime.different > 100
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.jaxexport"])
+def test_a_truncated_file_is_found(file, exported, tmp_path, capsys):
+    directory = tmp_path / "out"
+    shutil.copytree(exported, directory)
+    whole = (directory / file).read_bytes()
+    (directory / file).write_bytes(whole[: len(whole) // 2])
+    assert verify.main([str(directory)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_nothing_is_overwritten_unasked(run, exported, tmp_path):
+    with pytest.raises(FileExistsError, match="found an earlier export; --overwrite replaces it"):
+        export.export_student(run, exported)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="found other files, expected an empty"):
+        export.export_student(run, tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_new_export_replaces_an_earlier_one_whole(run, tmp_path):
+    export.export_student(run, tmp_path / "out", targets=("jax",))
+    export.export_student(tmp_path / "out", tmp_path / "out", targets=("onnx",), overwrite=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"student", "model.onnx", "report.json", "README.md"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_commands_refuse_with_a_message(run, tmp_path, capsys):
+    for command, arguments, message in (
+        (export, ["--run", str(tmp_path), "--out", str(tmp_path / "x")], "found no student.json"),
+        (export, ["--run", str(run), "--out", str(tmp_path / "x"), "--targets", "tensorrt"],
+         "targets: found ['tensorrt'], expected some of"),
+        (export, ["--run", str(run), "--out", str(tmp_path / "x"), "--batch", "many"],
+         "--batch: found 'many', expected a number"),
+        (verify, [str(tmp_path)], "found no student.json"),
+        (verify, [str(run), "--runtime", "tensorrt"], "found ['tensorrt'], expected some of"),
+    ):  # fmt: skip
+        assert command.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_paper_student_is_not_exported(tmp_path):
+    graph = resnet_like()
+    student = Student(graph=graph, spec=QuantSpec(placement="paper"), input_range=(-2.0, 2.5))
+    _, integer_variables, _ = calibrated(resnet_like, 4)
+    variables = student.initial_variables(integer_variables)
+    run = tmp_path / "run"
+    save_student(run / "student", student, variables, preprocessing=PREPROCESSING, provenance={})
+    (run / "report.json").write_text(json.dumps(RUN_REPORT))
+    with pytest.raises(ValueError, match="found placement 'paper', expected 'integer'"):
+        export.export_student(run, tmp_path / "out")
+
+
+def test_seven_bits_are_portable_and_eight_are_not(tmp_path):
+    for bits, portable in ((7, True), (8, False)):
+        run = finished_run(tmp_path / f"run{bits}", bits=bits)
+        report = export.export_student(run, tmp_path / f"out{bits}", targets=())
+        assert report["portable_without_vnni"] is portable
