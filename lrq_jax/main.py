@@ -21,7 +21,7 @@ from lrq_jax import config as embedded_config
 from lrq_jax.config import base_config, field_names, resolve
 from lrq_jax.console import say
 from lrq_jax.paths import cache_directory
-from lrq_jax.quantize import load_eval_data, quantize, step_spec, summary
+from lrq_jax.quantize import load_eval_data, prepare, quantize, step_spec, summary
 from lrq_jax.readers.store import load_teacher
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training.loop import TrainingDiverged
@@ -102,11 +102,12 @@ def main(argv: Sequence[str]) -> None:
     try:
         teacher = load_teacher(_CONFIG.value.teacher.path)
         settings = resolve(_CONFIG.value, image_size=max(teacher.graph.input_shape[:2]))
-        step_spec(teacher, settings, data_mesh())
-        data = load_eval_data(settings)
-        report = quantize(teacher, settings, data, _WORKDIR.value)
+        step_spec(teacher, settings, data_mesh())  # before images are read, which can take long
+        job = prepare(teacher, settings, load_eval_data(settings), _WORKDIR.value)
     except (ValueError, OSError, ImportError) as error:
         _exit(REFUSED, str(error))
+    try:
+        report = quantize(job)
     except TrainingDiverged as error:
         _exit(DIVERGED, str(error))
     say(summary(report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 import time
@@ -80,9 +81,15 @@ def check_data(data: EvalData, teacher: Teacher) -> None:
     """Finds out now, not after the training, whether the images are ones for this teacher.
 
     Raises:
-      ValueError: more classes than the teacher has, or a first image of a wrong size.
+      ValueError: more classes than the teacher has, a label beyond them, or a first image of a
+        wrong size.
     """
     classes = teacher.graph.num_classes
+    if data.largest_label is not None and data.largest_label >= classes:
+        raise ValueError(
+            f"data {data.name!r}: found label {data.largest_label}, expected less than the "
+            f"{classes} classes of the teacher; is it the right dataset for this teacher?"
+        )
     if data.class_names is not None and len(data.class_names) > classes:
         raise ValueError(
             f"data {data.name!r}: found {len(data.class_names)} classes, expected the {classes} of "
@@ -95,11 +102,20 @@ def check_data(data: EvalData, teacher: Teacher) -> None:
         raise ValueError(f"data {data.name!r}, image 0: {error}") from error
 
 
-def quantize(teacher: Teacher, settings: RunSettings, data: EvalData | None, workdir: str | Path) -> dict[str, Any]:  # fmt: skip
-    """Quantizes a teacher without data and reports.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that was found possible: everything checked that can be before any work."""
 
-    A second call with the same settings and `workdir` resumes; after a finished one it only
-    returns the report.
+    teacher: Teacher
+    settings: RunSettings
+    data: EvalData | None
+    spec: StepSpec
+    run: RunDirectory
+    config: dict[str, Any]
+
+
+def prepare(teacher: Teacher, settings: RunSettings, data: EvalData | None, workdir: str | Path) -> Job:  # fmt: skip
+    """Checks the input of a run and opens its directory.
 
     Args:
       teacher: the trained float network.
@@ -107,26 +123,43 @@ def quantize(teacher: Teacher, settings: RunSettings, data: EvalData | None, wor
       data: labelled images for evaluation only, or None.
       workdir: the run directory.
 
-    Returns:
-      The report, as written to `workdir/report.json`.
-
     Raises:
       ValueError: settings the network does not admit, or data that is not for this teacher.
       FileExistsError: `workdir` holds a run with other settings.
-      TrainingDiverged: a loss stopped being finite.
+      NotADirectoryError: `workdir` is a file.
     """
-    mesh = data_mesh()
-    spec = step_spec(teacher, settings, mesh)
+    spec = step_spec(teacher, settings, data_mesh())
     if data is not None:
         check_data(data, teacher)
     config = {**settings.to_dict(), "teacher_sha256": teacher_hash(teacher)}
-    run = RunDirectory(workdir, config)
+    return Job(
+        teacher=teacher,
+        settings=settings,
+        data=data,
+        spec=spec,
+        run=RunDirectory(workdir, config),
+        config=config,
+    )
+
+
+def quantize(job: Job) -> dict[str, Any]:
+    """Quantizes a teacher without data and reports.
+
+    A second call on the same directory resumes; after a finished one it only returns the report.
+
+    Returns:
+      The report, as written to `report.json` in the run directory.
+
+    Raises:
+      TrainingDiverged: a loss stopped being finite.
+    """
+    spec, settings, run = job.spec, job.settings, job.run
     if run.report is not None:
-        say(f"{workdir}: finished already; its report:")
+        say(f"{run.path}: finished already; its report:")
         return run.report
     jax.config.update("jax_default_matmul_precision", settings.precision)
 
-    loop = TrainingLoop(spec, teacher, settings, run)
+    loop = TrainingLoop(spec, job.teacher, settings, run)
     state = loop.run()
 
     clock = time.monotonic()
@@ -134,30 +167,30 @@ def quantize(teacher: Teacher, settings: RunSettings, data: EvalData | None, wor
         run.student,
         spec.student,
         state.student,
-        preprocessing=teacher.preprocessing,
+        preprocessing=job.teacher.preprocessing,
         provenance={
-            "teacher_sha256": config["teacher_sha256"],
+            "teacher_sha256": job.config["teacher_sha256"],
             "preset": settings.preset,
             "seed": settings.seed,
             "versions": versions(),
         },
     )
-    accuracy = _evaluate(spec, teacher, state.student, settings, data, run)
+    accuracy = _evaluate(job, state.student)
     timings = {**loop.timings, "evaluation and export": time.monotonic() - clock}
-    report = _report(spec, teacher, settings, config, accuracy, data, timings, run)
+    report = _report(job, accuracy, timings)
     run.write_report(report)
     return report
 
 
-def _evaluate(spec: StepSpec, teacher: Teacher, variables: Any, settings: RunSettings,
-              data: EvalData | None, run: RunDirectory) -> dict[str, Accuracy]:  # fmt: skip
+def _evaluate(job: Job, variables: Any) -> dict[str, Accuracy]:
     """Accuracy of the teacher and of the student as read back from its exported codes."""
+    spec, teacher, settings, data = job.spec, job.teacher, job.settings, job.data
     if data is None:
         return {}
     graph, mesh = teacher.graph, spec.mesh
     floats = put_replicated(teacher.variables, mesh)
     if spec.student.is_integer:
-        student, codes, _ = load_student(run.student)
+        student, codes, _ = load_student(job.run.student)
         frozen = put_replicated(frozen_from_codes(codes), mesh)
         forward = lambda images: frozen_logits(student, frozen, images)  # noqa: E731
     else:
@@ -181,10 +214,9 @@ def versions() -> dict[str, str]:
     return {"lrq_jax": __version__, "python": platform.python_version(), **found}
 
 
-def _report(spec: StepSpec, teacher: Teacher, settings: RunSettings, config: dict[str, Any],
-            accuracy: dict[str, Accuracy], data: EvalData | None, timings: dict[str, float],
-            run: RunDirectory) -> dict[str, Any]:  # fmt: skip
-    devices = spec.mesh.devices.flat
+def _report(job: Job, accuracy: dict[str, Accuracy], timings: dict[str, float]) -> dict[str, Any]:
+    spec, teacher, settings, data = job.spec, job.teacher, job.settings, job.data
+    devices = spec.mesh.devices
     percent = {
         name: {"top1": round(value.top1, 4), "top5": round(value.top5, 4)}
         for name, value in accuracy.items()
@@ -207,13 +239,13 @@ def _report(spec: StepSpec, teacher: Teacher, settings: RunSettings, config: dic
         "seed": settings.seed,
         "steps": settings.method.steps,
         "wall_seconds": {name: round(seconds, 1) for name, seconds in timings.items()},
-        "device": f"{spec.mesh.devices.size} x {next(iter(devices)).device_kind}",
+        "device": f"{devices.size} x {devices.flat[0].device_kind}",
         "platform": jax.default_backend(),
         "versions": versions(),
-        "teacher_sha256": config["teacher_sha256"],
+        "teacher_sha256": job.config["teacher_sha256"],
         "teacher_source": {"file": teacher.source, "sha256": teacher.source_sha256},
         "settings": settings.to_dict(),
-        "student_path": str(run.student.name),
+        "student_path": str(job.run.student.name),
     }
 
 

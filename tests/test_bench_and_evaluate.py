@@ -47,7 +47,7 @@ def test_the_float_twin_is_the_float_network(build):
     expected = np.asarray(float_logits(student.graph, variables, images))
     runner = OnnxRunner(model)
     spread = expected.std()
-    np.testing.assert_allclose(runner.logits(images), expected, atol=0.1 * spread)
+    np.testing.assert_allclose(runner.logits(images), expected, atol=0.2 * spread)
     assert not any(kind.startswith(("Quant", "QLinear", "Dequant")) for kind in runner.census())
 
 

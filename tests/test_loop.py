@@ -13,7 +13,7 @@ import pytest
 from test_steps import tiny_settings, tiny_teacher
 
 from lrq_jax.config import RunSettings
-from lrq_jax.quantize import quantize, step_spec
+from lrq_jax.quantize import prepare, quantize, step_spec
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training import noise_pool
 from lrq_jax.training.compilation import put_replicated
@@ -98,7 +98,7 @@ def test_a_diverging_run_names_step_terms_and_checkpoint(teacher, tmp_path):
         **{**vars(settings), "log_every": 1, "checkpoint_every": 2, "precision": "highest"}
     )
     with pytest.raises(TrainingDiverged) as raised:
-        quantize(teacher, settings, None, tmp_path / "run")
+        quantize(prepare(teacher, settings, None, tmp_path / "run"))
     message = str(raised.value)
     assert "not finite at step" in message
     assert "student/loss" in message
@@ -153,7 +153,7 @@ def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, place
     }.items():
         config.method[name] = value
     settings = resolve(config, image_size=8)
-    report = quantize(teacher, settings, None, tmp_path / "run")
+    report = quantize(prepare(teacher, settings, None, tmp_path / "run"))
     assert report["preset"] == preset
     assert report["placement"] == placement
     assert report["images"] == 0

@@ -113,9 +113,16 @@ def test_what_cannot_be_used_is_refused_by_name_before_anything_is_done(tmp_path
     assert not list(tmp_path.glob("cache/compiled/*"))
 
 
-def test_images_of_another_size_are_refused_before_anything_is_done(tmp_path):
-    (tmp_path / "images" / "zero").mkdir(parents=True)
-    Image.new("L", (20, 20)).save(tmp_path / "images" / "zero" / "a.png")
+@pytest.mark.parametrize(
+    ("side", "label", "message"),
+    [(20, 0, "20 x 20 pixels, expected 16 x 16"), (16, 10, "found label 10, expected less than")],
+)
+def test_images_for_another_teacher_are_refused_before_anything_is_done(
+    tmp_path, side, label, message
+):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (side, side)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "labels.csv").write_text(f"file,label\na.png,{label}\n")
     result = start(
         tmp_path / "cache",
         tmp_path,
@@ -125,7 +132,7 @@ def test_images_of_another_size_are_refused_before_anything_is_done(tmp_path):
     )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert "20 x 20 pixels, expected 16 x 16" in result.stderr
+    assert message in result.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -29,6 +29,7 @@ class EvalData:
       name: what results are filed under, e.g. `digits/test` or the name of the image folder.
       num_examples: how many images; the length of `source`.
       class_names: names by class index, or None where only numbers are known.
+      largest_label: of all images, or None where finding out would mean reading them.
       source: random access; `source[i]` is (uint8 [H, W, C] with C = 1 or 3, int label). The order
         is fixed; that of a folder is by class, so its first images are no fair sample.
 
@@ -40,6 +41,7 @@ class EvalData:
     num_examples: int
     class_names: tuple[str, ...] | None
     source: Sequence[Example]
+    largest_label: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_examples != len(self.source) or self.num_examples < 1:
@@ -93,6 +95,7 @@ def _load_folder(path: str, cache_dir: str | None) -> EvalData:
         num_examples=len(images.files),
         class_names=images.class_names,
         source=source,
+        largest_label=max(images.labels),
     )
 
 
