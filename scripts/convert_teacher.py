@@ -11,8 +11,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lrq_jax.networks import FAMILIES
+from lrq_jax.networks import list_networks
 from lrq_jax.readers import convert_teacher, describe, save_teacher
+
+
+class _List(argparse.Action):
+    """Prints the known networks and ends, whatever else is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(list_networks())
+        parser.exit()
+
 
 _MAX_LINES = 24
 """Lines of an error that fit one screen."""
@@ -33,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--source", required=True, help="a .pt, .pth, .th or .safetensors file")
     parser.add_argument("--out", required=True, help="teacher directory to write")
-    parser.add_argument("--arch", help=f"one of {', '.join(FAMILIES)}; default: found in the file")
+    parser.add_argument("--arch", help="a network of --list; default: found in the file")
+    parser.add_argument("--list", action=_List, nargs=0, help="print the known networks and end")
     parser.add_argument("--num-classes", type=int, help="checked against the file")
     parser.add_argument("--mean", type=_triple, help="R,G,B of pixels scaled to [0, 1]")
     parser.add_argument("--std", type=_triple, help="R,G,B of pixels scaled to [0, 1]")

@@ -20,7 +20,6 @@ import safetensors.numpy
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import GraphBuilder, graph_to_dict
 from lrq_jax.networks import FAMILIES, build_network
-from lrq_jax.networks.cifar_resnet import cifar_resnet
 from lrq_jax.readers import (
     ReaderError,
     Teacher,
@@ -221,7 +220,7 @@ def test_names_and_shapes_decide_the_architecture(options, rename, arch, setting
 
 
 def test_names_that_fit_two_architectures_are_an_error(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "twin", (cifar_resnet, {"depth": 8}))
+    monkeypatch.setitem(FAMILIES, "twin", FAMILIES["resnet8_cifar"])
     naming = dataclasses.replace(NAMINGS[0], propose=lambda _: ("resnet8_cifar", "twin"))
     with pytest.raises(ReaderError, match=r"\['resnet8_cifar', 'twin'\], .*choose with --arch"):
         detect_arch(clean(resnet_state(shortcut=None)), namings=(naming,))
