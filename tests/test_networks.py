@@ -83,7 +83,7 @@ def test_every_network_is_a_sound_classifier(arch):
     assert recipe.resize is None or recipe.resize > recipe.size
     assert build_network(arch, num_classes=7).num_classes == 7
     assert all(layer.affine for layer in graph.batch_norms)
-    eps = 1e-3 if arch.startswith(("efficientnet", "inception")) else 1e-5
+    eps = 1e-3 if re.match(r"efficientnet_lite\d$|inception", arch) else 1e-5
     assert {layer.eps for layer in graph.batch_norms} == {eps}
     # Every convolution has a batch norm behind it or, in DenseNets, its input has.
     convs = [layer for layer in graph.weighted if isinstance(layer, L.Conv)]

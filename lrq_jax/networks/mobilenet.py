@@ -84,7 +84,8 @@ def inverted_residual(net: GraphBuilder, x: str, features: int, kernel_size: int
 
 def mobilenet_v2(*, width: float = 1.0, strides: str = "imagenet", activation: str = "relu6",
                  padding: str = "same", eps: float = 1e-5, head_features: int | None = None,
-                 expand_first: bool = False, num_classes: int = 1000,
+                 divisor: int = 8, expand_first: bool = False, classifier_bias: bool = True,
+                 num_classes: int = 1000,
                  input_shape: tuple[int, int, int] = (224, 224, 3)) -> Graph:  # fmt: skip
     """Graph of a MobileNetV2.
 
@@ -95,8 +96,10 @@ def mobilenet_v2(*, width: float = 1.0, strides: str = "imagenet", activation: s
       padding: `same` (PyTorch's, symmetric) or `tf_same` (TensorFlow's).
       eps: of batch norm; TensorFlow's is 1e-3.
       head_features: channels of the last convolution; None takes the published ones.
+      divisor: channels are rounded to its multiples; 1 in pytorchcv.
       expand_first: the first block has a 1x1 convolution too, from 32 channels to as many
         (pytorchcv's `mobilenetv2`; its `mobilenetv2b` and all others have none).
+      classifier_bias: pytorchcv's classifiers have none.
 
     Raises:
       ValueError: unknown strides.
@@ -104,17 +107,20 @@ def mobilenet_v2(*, width: float = 1.0, strides: str = "imagenet", activation: s
     stem, *stage_strides = strides_of(_V2_STRIDES, strides)
     common = {"activation": activation, "padding": padding, "eps": eps}
     net = GraphBuilder(f"mobilenet_v2_x{width:g}", input_shape=input_shape)
-    x = conv_bn(net, net.image, rounded(32 * width), 3, strides=stem, prefix="stem", **common)
+    x = conv_bn(
+        net, net.image, rounded(32 * width, divisor), 3, strides=stem, prefix="stem", **common
+    )
     for stage, ((expansion, features, blocks), stride) in enumerate(
         zip(_V2, stage_strides, strict=True), 1
     ):
         for block in range(blocks):
             x = inverted_residual(
-                net, x, rounded(features * width), 3, strides=1 if block else stride,
+                net, x, rounded(features * width, divisor), 3, strides=1 if block else stride,
                 expansion=expansion, always_expand=expand_first,
                 prefix=f"stage{stage}_block{block}", **common,
             )  # fmt: skip
-    head = rounded(1280 * max(width, 1.0)) if head_features is None else head_features
+    head = rounded(1280 * max(width, 1.0), divisor) if head_features is None else head_features
     x = conv_bn(net, x, head, 1, prefix="head", **common)
-    net.dense(net.global_pool(x, name="pool"), num_classes, name="classifier")
+    x = net.global_pool(x, name="pool")
+    net.dense(x, num_classes, use_bias=classifier_bias, name="classifier")
     return net.build()

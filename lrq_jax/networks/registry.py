@@ -146,6 +146,10 @@ FAMILIES: dict[str, Network] = {
             (4, 300, 13_006_568),
         )
     },
+    # timm's own training of the first: PyTorch's padding, and another normalisation.
+    "efficientnet_lite0_timm": _network(
+        efficientnet_lite, 4_652_008, variant=0, padding="same", eps=1e-5,
+        recipe=dataclasses.replace(IMAGENET, interpolation="bicubic")),
     **{
         f"shufflenet_v2_x{name}": _network(shufflenet_v2, parameters, width=width)
         for name, width, parameters in (

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from lrq_jax.graph import Graph, GraphBuilder
-from lrq_jax.graph.builder import PaddingLike
 from lrq_jax.networks.mobilenet import conv_bn
 
-_FEATURES = {
+FEATURES = {
     0.5: (48, 96, 192, 1024),
     1.0: (116, 232, 464, 1024),
     1.5: (176, 352, 704, 1024),
     2.0: (244, 488, 976, 2048),
 }
+"""Channels of the three stages and of the last convolution, for each width (the paper's table 5)."""
+
 _BLOCKS = (4, 8, 4)
 
 
 def shufflenet_v2(*, width: float = 1.0, features: tuple[int, ...] | None = None,
-                  pool_padding: PaddingLike = 1, num_classes: int = 1000,
+                  ceil_pool: bool = False, num_classes: int = 1000,
                   input_shape: tuple[int, int, int] = (224, 224, 3)) -> Graph:  # fmt: skip
     """Graph of a ShuffleNetV2: half the channels pass, half are convolved, then all are shuffled.
 
@@ -24,18 +25,20 @@ def shufflenet_v2(*, width: float = 1.0, features: tuple[int, ...] | None = None
       width: 0.5, 1, 1.5 or 2.
       features: channels of the three stages and the last convolution; None takes the paper's
         for the width.
-      pool_padding: of the stem's max pool: 1 (torchvision) or `tf_same` (pytorchcv's
-        `shufflenetv2`, which rounds the size up instead).
+      ceil_pool: the stem's max pool has no padding and rounds its size up (pytorchcv's
+        `shufflenetv2`) instead of a padding of 1 on all sides (torchvision).
 
     Raises:
       ValueError: a width that was not published.
     """
-    if features is None and width not in _FEATURES:
-        raise ValueError(f"found width {width}, expected one of {sorted(_FEATURES)}")
-    *stages, head = _FEATURES[width] if features is None else features
+    if features is None and width not in FEATURES:
+        raise ValueError(f"found width {width}, expected one of {sorted(FEATURES)}")
+    *stages, head = FEATURES[width] if features is None else features
     net = GraphBuilder(f"shufflenet_v2_x{width:g}", input_shape=input_shape)
     x = conv_bn(net, net.image, 24, 3, strides=2, prefix="stem", activation="relu")
-    x = net.max_pool(x, 3, strides=2, padding=pool_padding, name="maxpool")
+    # What rounding up adds lies after the last row and column, where it never wins.
+    rest = tuple((0, (n - 3) % 2) for n in net.shape(x)[:2])
+    x = net.max_pool(x, 3, strides=2, padding=rest if ceil_pool else 1, name="maxpool")
     for stage, (channels, blocks) in enumerate(zip(stages, _BLOCKS, strict=True), 1):
         for block in range(blocks):
             x = _unit(net, x, channels // 2, downsample=block == 0,
