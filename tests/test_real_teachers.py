@@ -1,5 +1,7 @@
-"""Real CIFAR teachers on real test images; skipped where the test assets are absent."""
+"""Real teachers on real test images; skipped where the test assets are absent."""
 
+import csv
+import dataclasses
 import os
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from lrq_jax.data import EvalData, Preprocessing
+from lrq_jax.data.pixels import decode_image
 from lrq_jax.evaluation import evaluate
 from lrq_jax.passes import float_logits
 from lrq_jax.readers import convert_teacher
@@ -19,6 +22,11 @@ TILE, SIDE = 32, 50  # the mosaics of the assets: 50 x 50 tiles of 32 pixels
 
 pytestmark = pytest.mark.skipif(
     not (ASSETS / "cifar10").is_dir(), reason=f"no test assets at {ASSETS}: set LRQ_ASSETS"
+)
+
+
+slow = pytest.mark.skipif(
+    "LRQ_SLOW_TESTS" not in os.environ, reason="takes minutes: set LRQ_SLOW_TESTS=1 to run it"
 )
 
 
@@ -44,6 +52,7 @@ test_images.__test__ = False
         ("cifar10/resnet20_akamaster.pt", "cifar10", 9977, 91.73),
         ("cifar10/resnet20_forge.pt", "cifar10", 9977, 92.13),
         ("cifar100/resnet20_forge.pt", "cifar100", 10000, 68.17),
+        pytest.param("cifar10/mobilenetv2_x0.5_forge.pt", "cifar10", 9977, 91.74, marks=slow),
     ],
 )
 def test_converted_teachers_have_their_published_accuracy(file, dataset, images, top1):
@@ -66,6 +75,38 @@ def test_converted_teachers_have_their_published_accuracy(file, dataset, images,
     assert result.images == images
     # One image of 10,000 may fall on the other side of a near tie in another float arithmetic.
     assert result.top1 == pytest.approx(top1, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("file", "arch", "top1", "top5"),
+    [
+        ("imagenet/mobilenetv1_x0.25_retinaface.pt", "mobilenet_v1", 45.0, None),
+        ("imagenet/efficientnet-lite0-57934424.pth", "efficientnet_lite0", 69.6, 91.0),
+    ],
+)
+def test_imagenet_teachers_have_their_accuracy_on_imagenette500(file, arch, top1, top5):
+    teacher = convert_teacher(ASSETS / file)
+    assert teacher.arch == arch
+    folder = ASSETS / "imagenet" / "imagenette500"
+    rows = list(csv.DictReader((folder / "labels.csv").open(encoding="utf-8")))
+    data = EvalData(
+        name="imagenette500",
+        num_examples=len(rows),
+        class_names=None,
+        source=[(decode_image((folder / row["file"]).read_bytes())[0], int(row["label"])) for row in rows],
+    )  # fmt: skip
+    # The folder holds the crops already, 224 x 224.
+    result = evaluate(
+        {"teacher": lambda x: float_logits(teacher.graph, teacher.variables, x)},
+        data,
+        dataclasses.replace(teacher.preprocessing, resize=None),
+        num_classes=1000,
+        batch_size=50,
+        mesh=data_mesh(1),
+    )["teacher"]
+    assert result.images == 500
+    assert result.top1 == pytest.approx(top1, abs=0.05)
+    assert top5 is None or result.top5 == pytest.approx(top5, abs=0.05)
 
 
 def test_logits_equal_pytorch_on_1000_test_images():

@@ -123,6 +123,10 @@ _MOBILE = (
     Naming(name="timm", archs=_V1, settings={"activation": "relu6"},
            marks=("conv_stem.weight", "blocks.1.0.conv_pw.weight", "blocks.0.0.conv_dw.weight"),
            rules=(*_TIMM_STEM, *_sequential(_TIMM_UNIT, _TIMM_SEPARABLE))),
+    Naming(name="kuangliu", archs=_V1 + "_cifar", marks=("layers.0.conv2.weight", "linear.weight"),
+           rules=(("stem_conv", "conv1"), ("stem_bn", "bn1"), ("classifier", "linear"),
+                  *_sequential("layers.{unit}.", {"depthwise": ("conv1", "bn1"),
+                                                  "project": ("conv2", "bn2")}))),
     # biubug6/Pytorch_Retinaface: the first three of our stages lie in its first.
     Naming(
         name="Retinaface",
