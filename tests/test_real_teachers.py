@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lrq_jax.data import EvalData, Preprocessing
-from lrq_jax.data.pixels import decode_image
+from lrq_jax.data.pixels import decode_image, preprocess
 from lrq_jax.evaluation import evaluate
 from lrq_jax.passes import float_logits
 from lrq_jax.readers import convert_teacher
@@ -88,7 +88,7 @@ def test_imagenet_teachers_have_their_accuracy_on_imagenette500(file, arch, top1
     teacher = convert_teacher(ASSETS / file)
     assert teacher.arch == arch
     folder = ASSETS / "imagenet" / "imagenette500"
-    rows = list(csv.DictReader((folder / "labels.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((folder / "labels.csv").read_text(encoding="utf-8").splitlines()))
     data = EvalData(
         name="imagenette500",
         num_examples=len(rows),
@@ -107,6 +107,43 @@ def test_imagenet_teachers_have_their_accuracy_on_imagenette500(file, arch, top1
     assert result.images == 500
     assert result.top1 == pytest.approx(top1, abs=0.05)
     assert top5 is None or result.top5 == pytest.approx(top5, abs=0.05)
+
+
+def written_out(image, size, resize, interpolation, mean, std):
+    """The published preprocessing in PIL and numpy: shorter side, centre crop, normalisation."""
+    from PIL import Image
+
+    width, height = image.size
+    if width <= height:
+        target = (resize, int(resize * height / width))
+    else:
+        target = (int(resize * width / height), resize)
+    image = image.resize(target, getattr(Image.Resampling, interpolation))
+    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
+    image = image.crop((left, top, left + size, top + size))
+    return (np.asarray(image, np.float64) / 255 - mean) / std
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "resize", "interpolation", "mean", "std"),
+    [
+        ("imagenet/efficientnet-lite0-57934424.pth", 224, 256, "BICUBIC", 127 / 255, 128 / 255),
+        ("imagenet/mobilenetv1_x0.25_retinaface.pt", 224, 256, "BILINEAR",
+         np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("folder", ["imagenette500", "val650"])
+def test_preprocessing_is_the_published_one(folder, file, size, resize, interpolation, mean, std):
+    from PIL import Image
+
+    how = convert_teacher(ASSETS / file).preprocessing
+    for path in sorted((ASSETS / "imagenet" / folder).glob("*.JPEG"))[:4]:
+        with Image.open(path) as opened:
+            square = opened.convert("RGB")
+        for image in (square, square.crop((0, 3, 200, 130)), square.crop((11, 0, 120, 210))):
+            ours = preprocess(np.asarray(image), how)
+            theirs = written_out(image, size, resize, interpolation, mean, std)
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_logits_equal_pytorch_on_1000_test_images():
