@@ -11,20 +11,31 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lrq_jax.networks import FAMILIES
+from lrq_jax.networks import list_networks
 from lrq_jax.readers import convert_teacher, describe, save_teacher
+
+
+class _List(argparse.Action):
+    """Prints the known networks and ends, whatever else is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(list_networks())
+        parser.exit()
+
 
 _MAX_LINES = 24
 """Lines of an error that fit one screen."""
 
 
-def _triple(text: str) -> tuple[float, float, float]:
+def _channels(text: str) -> tuple[float, ...]:
     try:
-        red, green, blue = (float(value) for value in text.split(","))
+        values = tuple(float(value) for value in text.split(","))
     except ValueError:
-        message = f"found {text!r}, expected three numbers such as 0.485,0.456,0.406"
-        raise argparse.ArgumentTypeError(message) from None
-    return red, green, blue
+        values = ()
+    if len(values) not in (1, 3):
+        message = f"found {text!r}, expected three numbers such as 0.485,0.456,0.406, or one (grey)"
+        raise argparse.ArgumentTypeError(message)
+    return values
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,11 +44,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--source", required=True, help="a .pt, .pth, .th or .safetensors file")
     parser.add_argument("--out", required=True, help="teacher directory to write")
-    parser.add_argument("--arch", help=f"one of {', '.join(FAMILIES)}; default: found in the file")
+    parser.add_argument("--arch", help="a network of --list; default: found in the file")
+    parser.add_argument("--list", action=_List, nargs=0, help="print the known networks and end")
     parser.add_argument("--num-classes", type=int, help="checked against the file")
-    parser.add_argument("--mean", type=_triple, help="R,G,B of pixels scaled to [0, 1]")
-    parser.add_argument("--std", type=_triple, help="R,G,B of pixels scaled to [0, 1]")
+    parser.add_argument("--mean", type=_channels, help="R,G,B of pixels scaled to [0, 1]")
+    parser.add_argument("--std", type=_channels, help="R,G,B of pixels scaled to [0, 1]")
     parser.add_argument("--size", type=int, help="side of the square input in pixels")
+    parser.add_argument("--resize", type=int, help="shorter side before the centre crop, pixels")
+    parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="of the resize")
+    parser.add_argument("--bn-eps", type=float, help="eps of every batch norm, where not published")
     parser.add_argument("--overwrite", action="store_true", help="replace the teacher at --out")
     return parser
 
@@ -53,6 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
             mean=options.mean,
             std=options.std,
             size=options.size,
+            resize=options.resize,
+            interpolation=options.interpolation,
+            bn_eps=options.bn_eps,
         )
         save_teacher(teacher, options.out, overwrite=options.overwrite)
     except (ValueError, OSError) as error:

@@ -20,7 +20,6 @@ import safetensors.numpy
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import GraphBuilder, graph_to_dict
 from lrq_jax.networks import FAMILIES, build_network
-from lrq_jax.networks.cifar_resnet import cifar_resnet
 from lrq_jax.readers import (
     ReaderError,
     Teacher,
@@ -35,7 +34,8 @@ from lrq_jax.readers import (
     teacher_hash,
     unwrap_state_dict,
 )
-from lrq_jax.readers.naming import NAMINGS, Naming
+from lrq_jax.readers.naming import Naming
+from lrq_jax.readers.published import NAMINGS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "scripts" / "convert_teacher.py"
@@ -148,7 +148,7 @@ def test_a_dense_layer_after_flatten_reads_height_width_channels():
     net = GraphBuilder("flat", input_shape=(2, 3, 4))
     flat = net.relu(net.batch_norm(net.flatten(net.image), name="bn"))
     net.dense(net.dense(flat, 5, name="a"), 2, name="b")
-    naming = Naming(name="own", rules=((r"(?P<n>.+)", "{n}"),), block="-", propose=lambda _: ())
+    naming = Naming(name="own", rules=((r"(?P<n>.+)", "{n}"),), archs="flat")
     rng = np.random.default_rng(0)
     shapes = {"a.weight": (5, 24), "a.bias": (5,), "b.weight": (2, 5), "b.bias": (2,)}
     names = ("weight", "bias", "running_mean", "running_var")
@@ -221,9 +221,9 @@ def test_names_and_shapes_decide_the_architecture(options, rename, arch, setting
 
 
 def test_names_that_fit_two_architectures_are_an_error(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "twin", (cifar_resnet, {"depth": 8}))
-    naming = dataclasses.replace(NAMINGS[0], propose=lambda _: ("resnet8_cifar", "twin"))
-    with pytest.raises(ReaderError, match=r"\['resnet8_cifar', 'twin'\], .*choose with --arch"):
+    monkeypatch.setitem(FAMILIES, "twin", FAMILIES["resnet8_cifar"])
+    naming = dataclasses.replace(NAMINGS[0], archs="resnet8_cifar|twin")
+    with pytest.raises(ReaderError, match=r"\['twin', 'resnet8_cifar'\], .*choose with --arch"):
         detect_arch(clean(resnet_state(shortcut=None)), namings=(naming,))
 
 

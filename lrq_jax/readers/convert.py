@@ -7,80 +7,26 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lrq_jax.data import Preprocessing
-from lrq_jax.networks import build_network
+from lrq_jax.graph import Graph
+from lrq_jax.graph import layers as L
+from lrq_jax.networks import Recipe, build_network
+from lrq_jax.readers.detection import Match, best_match, detect_match, fit_graph
 from lrq_jax.readers.errors import ReaderError
-from lrq_jax.readers.names import (
-    detect_arch,
-    file_settings,
-    find_naming,
-    match_variables,
-    unwrap_state_dict,
-)
+from lrq_jax.readers.names import match_variables, unwrap_state_dict
+from lrq_jax.readers.published.files import PublishedFile, find_published
+from lrq_jax.readers.published.recipes import find_recipe
 from lrq_jax.readers.safetensors_file import read_safetensors_file
 from lrq_jax.readers.teacher import Teacher
 from lrq_jax.readers.torch_file import read_torch_file
 
-Triple = tuple[float, float, float]
+Channels = tuple[float, ...]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Recipe:
-    """Preprocessing published with the files of one naming, architecture and class count.
-
-    `mean` and `std` are in units of pixels scaled to [0, 1]; `size` and `resize` are pixels.
-    """
-
-    naming: str
-    arch: str  # regular expression
-    num_classes: int
-    mean: Triple
-    std: Triple
-    size: int
-    resize: int | None
-    source: str
-
-
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CIFAR10_MEAN, _CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-
-def _cifar(naming: str, arch: str, num_classes: int, mean: Triple, std: Triple, source: str) -> _Recipe:  # fmt: skip
-    return _Recipe(naming=naming, arch=arch, num_classes=num_classes, mean=mean, std=std, size=32,
-                   resize=None, source=source)  # fmt: skip
-
-
-def _imagenet(naming: str, source: str) -> _Recipe:
-    return _Recipe(naming=naming, arch=r"resnet\d+", num_classes=1000, mean=_IMAGENET_MEAN,
-                   std=_IMAGENET_STD, size=224, resize=256, source=source)  # fmt: skip
-
-
-_A, _B = r"resnet\d+_cifar", r"resnet\d+_cifar_b"
-
-RECIPES: tuple[_Recipe, ...] = (
-    _cifar("akamaster", _A, 10, _IMAGENET_MEAN, _IMAGENET_STD,
-           "akamaster/pytorch_resnet_cifar10, which normalises CIFAR-10 with ImageNet's numbers"),
-    _cifar("akamaster", _B, 10, _CIFAR10_MEAN, _CIFAR10_STD,
-           "Rehan000/forge-tta, whose names these are"),
-    _cifar("akamaster", _B, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),
-           "Rehan000/forge-tta, whose names these are"),
-    # pytorchcv's own scripts divide by (.2023, .1994, .2010) for both data sets; the papers on
-    # zero-shot quantization evaluate its files with the numbers below (GDFQ's data loader).
-    _cifar("pytorchcv CIFAR", _B, 10, _CIFAR10_MEAN, _CIFAR10_STD,
-           "the zero-shot quantization papers' evaluation of pytorchcv's files"),
-    _cifar("pytorchcv CIFAR", _B, 100, (0.5071, 0.4865, 0.4408), (0.2675, 0.2565, 0.2761),
-           "the zero-shot quantization papers' evaluation of pytorchcv's files"),
-    _cifar("torchvision", _B, 10, _CIFAR10_MEAN, (0.2023, 0.1994, 0.2010),
-           "chenyaofo/pytorch-cifar-models, whose names these are"),
-    _cifar("torchvision", _B, 100, (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761),
-           "chenyaofo/pytorch-cifar-models, whose names these are"),
-    _imagenet("torchvision", "torchvision's ImageNet recipe"),
-    _imagenet("pytorchcv", "pytorchcv's ImageNet recipe"),
-)  # fmt: skip
-"""Published preprocessing, found by naming, architecture and class count."""
+_OPTION_A = r"resnet\d+_cifar"
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
@@ -97,17 +43,44 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, np.ndarray], tuple[st
     return unwrap_state_dict(read_torch_file(path))
 
 
-def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes: int | None = None,
-                    mean: Triple | None = None, std: Triple | None = None,
-                    size: int | None = None) -> Teacher:  # fmt: skip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the user says instead of what is published; None everywhere takes the published.
+
+    Attributes:
+      mean, std: per channel, in units of pixels scaled to [0, 1].
+      size: side of the square input in pixels.
+      resize: shorter side before the centre crop, pixels.
+      interpolation: of the resize, "bilinear" or "bicubic".
+      bn_eps: of every batch norm.
+    """
+
+    mean: Channels | None = None
+    std: Channels | None = None
+    size: int | None = None
+    resize: int | None = None
+    interpolation: str | None = None
+    bn_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise ReaderError("found only one of mean and std, expected both or none")
+        if self.mean is not None and max(*self.mean, *self.std) > 1:
+            raise ReaderError(
+                f"found mean {self.mean} and std {self.std}, expected units of pixels scaled to "
+                "[0, 1]: divide numbers for pixels of 0 to 255 by 255"
+            )
+
+
+def convert_teacher(source: str | Path, arch: str | None = None, *,
+                    num_classes: int | None = None, **choices: Any) -> Teacher:  # fmt: skip
     """The teacher in a published checkpoint.
 
     Args:
       source: a PyTorch or safetensors file.
       arch: the architecture (see `build_network`); None where names and shapes are to decide it.
       num_classes: checked against the file where given.
-      mean, std: per channel, in units of pixels scaled to [0, 1]; None takes the published ones.
-      size: side of the square input in pixels; None takes the published one.
+      **choices: fields of `Choices`: mean, std, size, resize, interpolation, bn_eps.
 
     Raises:
       FileNotFoundError: no such file.
@@ -116,42 +89,45 @@ def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes:
     """
     path = Path(source)
     state, notes = read_checkpoint(path)
+    sha1, sha256 = _hashes(path)
+    published = find_published(sha1, sha256)
     try:
-        made = _build(state, arch, num_classes, mean, std, size)
+        made = _build(state, arch, num_classes, Choices(**choices), published)
     except ReaderError as error:
         raise ReaderError(f"{path.name}: {error}") from error
     return dataclasses.replace(
-        made, source=path.name, source_sha256=_sha256(path), notes=notes + made.notes
+        made, source=path.name, source_sha256=sha256, notes=notes + made.notes
     )
 
 
 def _build(state: dict[str, np.ndarray], arch: str | None, num_classes: int | None,
-           mean: Triple | None, std: Triple | None, size: int | None) -> Teacher:  # fmt: skip
+           choices: Choices, published: PublishedFile | None) -> Teacher:  # fmt: skip
     """The teacher without its source; see `convert_teacher`."""
     notes: tuple[str, ...] = ()
-    if arch is None:
-        arch, settings = detect_arch(state)
-        notes += (f"the file's names and shapes are those of {arch} and of no other network",)
-    else:
-        naming = find_naming(build_network(arch), state)
-        settings = file_settings(arch, state, naming)
-    classes = settings.get("num_classes", num_classes)
-    if num_classes is not None and classes != num_classes:
-        raise ReaderError(
-            f"found {classes} classes in the file, expected the {num_classes} asked for: leave "
-            "--num-classes out or choose another file"
+    if published is not None:
+        notes += (
+            f"the file's hash is that of {published.origin}'s {published.arch} with "
+            f"{published.top1:.2f} % top-1",
         )
-    if classes is not None:
-        settings["num_classes"] = classes
-    if size is not None:
-        settings["input_shape"] = (size, size, 3)
-    graph = build_network(arch, **settings)
-    naming = find_naming(graph, state)
-    variables = match_variables(graph, state)
-    recipe = _recipe(naming.name, arch, graph.num_classes)
-    preprocessing, origin = _preprocessing(recipe, mean, std, graph.input_shape[0])
-    notes += (f"read with {naming.name} names", origin)
-    if re.fullmatch(_A, arch):
+        arch = arch or published.arch
+    if arch is None:
+        match = detect_match(state)
+        notes += (f"the file's names and shapes are those of {match.arch} and of no other network",)
+    else:
+        match = best_match(arch, state)
+    graph, found = _graph(match, state, num_classes, choices)
+    notes += found
+    variables = match_variables(graph, state, namings=(match.naming,))
+    if match.naming.ignored:
+        left = [name for name in state if re.fullmatch(match.naming.ignored, name)]
+        notes += (f"left out {len(left)} arrays of auxiliary parts",) if left else ()
+    recipe = find_recipe(match.naming.name, match.arch, graph.num_classes)
+    if published is not None and published.resize is not None and recipe is not None:
+        text = f"{recipe[1]}, resized to {published.resize} as this file was measured"
+        recipe = dataclasses.replace(recipe[0], resize=published.resize), text
+    preprocessing, origin = _preprocessing(recipe, choices, graph.input_shape)
+    notes += (f"read with {match.naming.name} names", origin)
+    if re.fullmatch(_OPTION_A, match.arch):
         notes += (
             "its shortcuts have no parameters, so the file cannot tell their kind: taken as "
             "akamaster's (every second pixel, zero channels half before and half after)",
@@ -160,51 +136,71 @@ def _build(state: dict[str, np.ndarray], arch: str | None, num_classes: int | No
         graph=graph,
         variables=variables,
         preprocessing=preprocessing,
-        arch=arch,
+        arch=match.arch,
         notes=notes,
     )
 
 
-def _recipe(naming: str, arch: str, num_classes: int) -> _Recipe | None:
-    for recipe in RECIPES:
-        if (recipe.naming, recipe.num_classes) == (naming, num_classes) and re.fullmatch(
-            recipe.arch, arch
-        ):
-            return recipe
-    return None
-
-
-def _preprocessing(recipe: _Recipe | None, mean: Triple | None, std: Triple | None,
-                   size: int) -> tuple[Preprocessing, str]:  # fmt: skip
-    """How to prepare images of `size` pixels, and a sentence on where that comes from."""
-    if (mean is None) != (std is None):
-        raise ReaderError("found only one of mean and std, expected both or none")
-    if mean is not None and std is not None and max(*mean, *std) > 1:
+def _graph(match: Match, state: dict[str, np.ndarray], num_classes: int | None,
+           choices: Choices) -> tuple[Graph, tuple[str, ...]]:  # fmt: skip
+    """The network as the file has it and the user wants it, and sentences on what is unusual."""
+    settings = dict(match.settings)
+    classes = settings.get("num_classes", num_classes)
+    if num_classes is not None and classes != num_classes:
         raise ReaderError(
-            f"found mean {mean} and std {std}, expected units of pixels scaled to [0, 1]: divide "
-            "numbers for pixels of 0 to 255 by 255"
+            f"found {classes} classes in the file, expected the {num_classes} asked for: leave "
+            "--num-classes out or choose another file"
         )
-    if mean is None and recipe is None:
+    if classes is not None:
+        settings["num_classes"] = classes
+    if choices.size is not None:
+        settings["input_shape"] = (choices.size, choices.size, match.graph.input_shape[2])
+    graph, notes = fit_graph(build_network(match.arch, **settings), match.naming, state)
+    if choices.bn_eps is not None:
+        layers = (
+            dataclasses.replace(layer, eps=choices.bn_eps)
+            if isinstance(layer, L.BatchNorm)
+            else layer
+            for layer in graph.layers
+        )
+        graph = dataclasses.replace(graph, layers=tuple(layers))
+        notes += (f"eps of every batch norm: {choices.bn_eps:g}, as given",)
+    return graph, notes
+
+
+def _preprocessing(known: tuple[Recipe, str] | None, choices: Choices,
+                   image: tuple[int, int, int]) -> tuple[Preprocessing, str]:  # fmt: skip
+    """How to prepare images of a network's input shape, and a sentence on where that comes from."""
+    size, channels = image[0], image[2]
+    if choices.mean is not None:
+        mean, std, origin = choices.mean, choices.std, "normalisation: as given"
+    elif known is not None and len(known[0].mean) == channels:
+        mean, std, origin = known[0].mean, known[0].std, f"normalisation: {known[1]}"
+    else:
+        values = "R,G,B" if channels == 3 else "VALUE"
         raise ReaderError(
             "found no published normalisation for this network, these names and this "
-            "number of classes, expected --mean R,G,B --std R,G,B (pixels scaled to [0, 1]) as the "
-            "network was trained with"
+            f"number of classes, expected --mean {values} --std {values} (pixels scaled to "
+            "[0, 1]) as the network was trained with"
         )
-    resize = None
-    if recipe is not None and recipe.resize is not None:
+    resize, interpolation = choices.resize, choices.interpolation
+    if known is not None and known[0].resize is not None and resize is None:
         # The published share of the shorter side that the crop keeps, whatever the size.
-        resize = round(size * recipe.resize / recipe.size)
-    if mean is not None and std is not None:
-        origin = "normalisation: as given"
-    else:
-        mean, std = recipe.mean, recipe.std
-        origin = f"normalisation: {recipe.source}"
-    return Preprocessing(mean=tuple(mean), std=tuple(std), size=size, resize=resize), origin
+        resize = round(size * known[0].resize / known[0].size)
+    if interpolation is None:
+        interpolation = "bilinear" if known is None else known[0].interpolation
+    return Preprocessing(
+        mean=tuple(mean), std=tuple(std), size=size, resize=resize, interpolation=interpolation
+    ), origin
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hashes(path: Path) -> tuple[str, str]:
+    """SHA-1 and SHA-256 of a file, in hexadecimal digits."""
+    digests = []
+    for kind in ("sha1", "sha256"):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, kind).hexdigest())
+    return digests[0], digests[1]
 
 
 def describe(teacher: Teacher) -> str:
@@ -215,7 +211,9 @@ def describe(teacher: Teacher) -> str:
         "architecture": teacher.arch,
         "parameters": f"{teacher.graph.num_parameters():,}",
         "classes": str(teacher.graph.num_classes),
-        "input": size if how.resize is None else f"{size} cut from a shorter side of {how.resize}",
+        "input": size
+        if how.resize is None
+        else f"{size} cut from a shorter side of {how.resize} ({how.interpolation})",
         "mean": ", ".join(f"{value:g}" for value in how.mean),
         "std": ", ".join(f"{value:g}" for value in how.std),
         "source": teacher.source,

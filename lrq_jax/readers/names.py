@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +12,9 @@ import numpy as np
 
 from lrq_jax.graph import Graph
 from lrq_jax.graph import layers as L
-from lrq_jax.networks import build_network
 from lrq_jax.readers.errors import ReaderError
-from lrq_jax.readers.naming import NAMINGS, Naming
+from lrq_jax.readers.naming import Naming
+from lrq_jax.readers.published import NAMINGS
 from lrq_jax.readers.teacher import Variables
 
 Convert = Callable[[np.ndarray], np.ndarray]
@@ -138,13 +139,13 @@ def _channels_last(image: L.Shape) -> Convert:
 
 
 def _entries(graph: Graph, naming: Naming) -> list[_Entry]:
-    flat = _flat_images(graph)
+    flat, modules = _flat_images(graph), naming.modules(graph)
     entries = []
     for collection, layers in graph.variable_shapes().items():
         for name, variables in layers.items():
             layer = graph.by_name[name]
             for variable, shape in variables.items():
-                file_name = f"{naming.module(name)}.{_FILE_NAMES[variable]}"
+                file_name = f"{modules[name]}.{_FILE_NAMES[variable]}"
                 layout = _layout(layer, variable, shape, flat.get(layer.inputs[0]))
                 entries.append(_Entry(collection, name, variable, file_name, *layout))
     return entries
@@ -170,14 +171,15 @@ def _unchanged(values: np.ndarray) -> np.ndarray:
 
 
 def _as_expected(entry: _Entry, state: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The array of an entry; a 1x1 convolution used as a dense layer loses its last two axes."""
+    """The array of an entry; a convolution over the whole image is a dense layer's matrix, its
+    input channels, rows and columns in PyTorch's order."""
     array = state[entry.name]
-    return array[..., 0, 0] if len(entry.shape) == 2 and array.shape[2:] == (1, 1) else array
+    return array.reshape(len(array), -1) if len(entry.shape) == 2 and array.ndim == 4 else array
 
 
-def _differences(entries: list[_Entry], state: Mapping[str, np.ndarray]) -> list[str]:
+def differences(graph: Graph, naming: Naming, state: Mapping[str, np.ndarray]) -> list[str]:
     """A line for each array that is missing, left over or of the wrong shape or dtype."""
-    lines = []
+    entries, lines = _entries(graph, naming), []
     for entry in entries:
         if entry.name not in state:
             lines.append(f"missing in the file: {entry.name!r} {entry.shape}, for {entry.ours!r}")
@@ -194,7 +196,7 @@ def _differences(entries: list[_Entry], state: Mapping[str, np.ndarray]) -> list
     lines += [
         f"in the file only: {name!r} {array.shape}"
         for name, array in state.items()
-        if name not in wanted
+        if name not in wanted and not (naming.ignored and re.fullmatch(naming.ignored, name))
     ]
     return lines
 
@@ -206,13 +208,13 @@ def find_naming(graph: Graph, state: Mapping[str, np.ndarray], *,
     Raises:
       ReaderError: no naming knows the graph's layers.
     """
-    known = [naming for naming in namings if naming.knows(graph)]
+    known = [naming for naming in namings if None not in naming.modules(graph).values()]
     if not known:
         raise ReaderError(
             f"found no naming for the layers of network {graph.name!r}, expected one of "
             f"{[naming.name for naming in namings]} to know them: add its table to NAMINGS"
         )
-    return min(known, key=lambda naming: len(_differences(_entries(graph, naming), state)))
+    return min(known, key=lambda naming: len(differences(graph, naming, state)))
 
 
 def match_variables(graph: Graph, state: Mapping[str, np.ndarray], *,
@@ -234,7 +236,7 @@ def match_variables(graph: Graph, state: Mapping[str, np.ndarray], *,
     """
     naming = find_naming(graph, state, namings=namings)
     entries = _entries(graph, naming)
-    if lines := _differences(entries, state):
+    if lines := differences(graph, naming, state):
         raise ReaderError(
             f"found {len(lines)} differences between the file (read with {naming.name} names) and "
             f"network {graph.name!r}, expected none; check the architecture and number of classes:"
@@ -253,57 +255,3 @@ def match_variables(graph: Graph, state: Mapping[str, np.ndarray], *,
             + ", ".join(broken)
         )
     return variables
-
-
-# --- detection -----------------------------------------------------------------------------------
-
-
-def file_settings(arch: str, state: Mapping[str, np.ndarray], naming: Naming) -> dict[str, int]:
-    """Builder settings that a file's shapes decide: `num_classes`, a CIFAR ResNet's `width`."""
-    settings = {}
-    classifier = state.get(f"{naming.module('classifier')}.weight")
-    if classifier is not None and classifier.ndim >= 2:
-        settings["num_classes"] = classifier.shape[0]
-    stem = state.get(f"{naming.module('conv1')}.weight")
-    if "_cifar" in arch and stem is not None and stem.ndim == 4 and stem.shape[0] != 16:
-        settings["width"] = stem.shape[0]
-    return settings
-
-
-def detect_arch(state: Mapping[str, np.ndarray], *,
-                namings: tuple[Naming, ...] = NAMINGS) -> tuple[str, dict[str, int]]:  # fmt: skip
-    """Architecture and builder settings that fit a state dict's names and shapes exactly.
-
-    Returns:
-      `(arch, settings)` for `build_network(arch, **settings)`.
-
-    Raises:
-      ReaderError: nothing fits (with what comes nearest), or several architectures do.
-    """
-    fitting: list[tuple[str, dict[str, int]]] = []
-    nearest: tuple[int, str, list[str]] | None = None
-    for naming in namings:
-        for arch in naming.propose(naming.blocks(state)):
-            settings = file_settings(arch, state, naming)
-            lines = _differences(_entries(build_network(arch, **settings), naming), state)
-            if not lines and (arch, settings) not in fitting:
-                fitting.append((arch, settings))
-            if nearest is None or len(lines) < nearest[0]:
-                nearest = (len(lines), arch, lines)
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise ReaderError(
-            f"found names that fit several architectures, {[arch for arch, _ in fitting]}, "
-            "expected one: choose with --arch"
-        )
-    if nearest is None:
-        hint = f"its names, such as {list(state)[:4]}, fit none of {[n.name for n in namings]}"
-    else:
-        hint = f"{nearest[1]!r} comes nearest with {nearest[0]} differences, such as " + "; ".join(
-            nearest[2][:4]
-        )
-    raise ReaderError(
-        f"found no architecture of ours in the file ({hint}): choose with --arch, or add its names to "
-        "lrq_jax/readers/naming.py"
-    )
