@@ -1,4 +1,4 @@
-"""Converts a published checkpoint (PyTorch or safetensors) into a teacher directory.
+"""Converts a published checkpoint (PyTorch, safetensors or ONNX) into a teacher directory.
 
     python scripts/convert_teacher.py --source resnet20.th --out teachers/resnet20
 
@@ -13,6 +13,7 @@ import sys
 
 from lrq_jax.networks import FAMILIES
 from lrq_jax.readers import convert_teacher, describe, save_teacher
+from lrq_jax.readers.onnx_graph import ASSUMPTIONS
 
 _MAX_LINES = 24
 """Lines of an error that fit one screen."""
@@ -31,13 +32,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", required=True, help="a .pt, .pth, .th or .safetensors file")
+    parser.add_argument(
+        "--source", required=True, help="a .pt, .pth, .th, .safetensors or .onnx file"
+    )
     parser.add_argument("--out", required=True, help="teacher directory to write")
     parser.add_argument("--arch", help=f"one of {', '.join(FAMILIES)}; default: found in the file")
     parser.add_argument("--num-classes", type=int, help="checked against the file")
     parser.add_argument("--mean", type=_triple, help="R,G,B of pixels scaled to [0, 1]")
     parser.add_argument("--std", type=_triple, help="R,G,B of pixels scaled to [0, 1]")
     parser.add_argument("--size", type=int, help="side of the square input in pixels")
+    parser.add_argument(
+        "--assume-bn", choices=ASSUMPTIONS,
+        help="take an .onnx file without batch norms, for data-free rounding only",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the teacher at --out")
     return parser
 
@@ -53,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             mean=options.mean,
             std=options.std,
             size=options.size,
+            assume_bn=options.assume_bn,
         )
         save_teacher(teacher, options.out, overwrite=options.overwrite)
     except (ValueError, OSError) as error:

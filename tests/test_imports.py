@@ -32,10 +32,13 @@ ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}
 INDEPENDENT = {"ops", "graph", "sharding", "console", "paths", "losses", "synthesis", "data"}
 ALLOWED_FOR_INDEPENDENT = {"synthesis": {"ops"}, "losses": {"ops"}, "data": {"paths"}}
 
-NEVER = {"tensorflow", "torch", "keras", "onnx", "clu"}
+NEVER = {"tensorflow", "torch", "keras", "clu"}
 # Imported by the function that needs them: a run that does not read images this way, or a user
 # of the library without them, never pays.
-LAZY = {"tensorflow_datasets", "sklearn", "ml_collections", "PIL", "tensorboardX"}
+LAZY = {
+    "tensorflow_datasets", "sklearn", "ml_collections", "PIL", "tensorboardX",
+    "onnx", "onnxruntime",
+}  # fmt: skip
 MAY_IMPORT_AT_TOP = {"main": {"ml_collections"}}
 
 
@@ -125,12 +128,12 @@ def test_the_finder_of_imports_finds_them(tmp_path, monkeypatch):
         "from . import y\n"
         "from ..training.loop import z\n"
         "if typing.TYPE_CHECKING:\n    import keras\n"
-        "try:\n    import onnx\nexcept ImportError:\n    pass\n"
+        "try:\n    import torchvision\nexcept ImportError:\n    pass\n"
         "class A:\n    import clu\n"
         "def f():\n    import tensorflow as tf\n"
     )
     everything = set(imported(path))
-    assert {"torch.nn", "lrq_jax.main", "lrq_jax.training.loop", "onnx", "clu"} <= everything
+    assert {"torch.nn", "lrq_jax.main", "lrq_jax.training.loop", "torchvision", "clu"} <= everything
     assert "tensorflow" in everything
     assert "keras" not in everything
     assert "tensorflow" not in set(imported(path, inside_functions=False))

@@ -20,6 +20,8 @@ from lrq_jax.readers.names import (
     match_variables,
     unwrap_state_dict,
 )
+from lrq_jax.readers.onnx_graph import read_onnx
+from lrq_jax.readers.onnx_preprocessing import onnx_preprocessing
 from lrq_jax.readers.safetensors_file import read_safetensors_file
 from lrq_jax.readers.teacher import Teacher
 from lrq_jax.readers.torch_file import read_torch_file
@@ -99,15 +101,16 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, np.ndarray], tuple[st
 
 def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes: int | None = None,
                     mean: Triple | None = None, std: Triple | None = None,
-                    size: int | None = None) -> Teacher:  # fmt: skip
+                    size: int | None = None, assume_bn: str | None = None) -> Teacher:  # fmt: skip
     """The teacher in a published checkpoint.
 
     Args:
-      source: a PyTorch or safetensors file.
+      source: a PyTorch or safetensors file, or an ONNX file, which carries its network.
       arch: the architecture (see `build_network`); None where names and shapes are to decide it.
       num_classes: checked against the file where given.
       mean, std: per channel, in units of pixels scaled to [0, 1]; None takes the published ones.
       size: side of the square input in pixels; None takes the published one.
+      assume_bn: `unit` takes an ONNX file without batch norms, for data-free rounding only.
 
     Raises:
       FileNotFoundError: no such file.
@@ -115,6 +118,10 @@ def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes:
       ValueError: an unknown architecture.
     """
     path = Path(source)
+    if path.suffix == ".onnx":
+        return _from_onnx(path, arch, num_classes, mean, std, size, assume_bn)
+    if assume_bn is not None:
+        raise ReaderError(f"{path.name}: found assume_bn, expected it with an .onnx file only")
     state, notes = read_checkpoint(path)
     try:
         made = _build(state, arch, num_classes, mean, std, size)
@@ -162,6 +169,34 @@ def _build(state: dict[str, np.ndarray], arch: str | None, num_classes: int | No
         preprocessing=preprocessing,
         arch=arch,
         notes=notes,
+    )
+
+
+def _from_onnx(path: Path, arch: str | None, num_classes: int | None, mean: Triple | None,
+               std: Triple | None, size: int | None, assume_bn: str | None) -> Teacher:  # fmt: skip
+    """The teacher in an ONNX file; see `convert_teacher`."""
+    try:
+        if arch is not None:
+            raise ReaderError(
+                f"found the architecture {arch!r}, expected none: an ONNX file carries its own"
+            )
+        network = read_onnx(path, size=size, assume_bn=assume_bn)
+        if num_classes not in (None, network.graph.num_classes):
+            raise ReaderError(
+                f"found {network.graph.num_classes} classes in the file, expected the "
+                f"{num_classes} asked for: leave --num-classes out or choose another file"
+            )
+        preprocessing, origin = onnx_preprocessing(network, mean, std)
+    except ReaderError as error:
+        raise ReaderError(f"{path.name}: {error}") from error
+    return Teacher(
+        graph=network.graph,
+        variables=network.variables,
+        preprocessing=preprocessing,
+        arch=network.graph.name,
+        source=path.name,
+        source_sha256=_sha256(path),
+        notes=("network read from the ONNX file", origin, *network.notes),
     )
 
 
