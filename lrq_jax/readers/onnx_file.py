@@ -72,12 +72,12 @@ def read_onnx_file(path: str | Path, size: int | None = None) -> onnx.ModelProto
         raise ReaderError(f"found a damaged or truncated ONNX file ({_line(error)})") from error
     if not model.graph.node:
         raise ReaderError("found no graph, expected an ONNX model: damaged or truncated")
+    _check_opsets(model)
     _load_external_data(model, path)
     try:
         onnx.checker.check_model(model)
     except Exception as error:
         raise ReaderError(f"found an invalid ONNX model: {_line(error)}") from error
-    _check_opsets(model)
     _fix_input(model, size)
     if len(model.graph.output) != 1:
         raise ReaderError(
@@ -233,13 +233,12 @@ def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
       ReaderError: a model onnxruntime refuses.
     """
     onnx = require("onnx")
-    count = len(model.graph.node) + 1
-    # Functions that one round inlines, the next one folds.
-    for _ in range(_ROUNDS):
-        if len(model.graph.node) >= count:
-            break
-        count = len(model.graph.node)
+    for done in range(_ROUNDS):
+        before = len(model.graph.node)
         model = onnx.load_model_from_string(_optimised(model.SerializeToString()))
+        # Functions (CastLike, HardSwish) that one round inlines, only the next one folds.
+        if done and len(model.graph.node) == before:
+            break
     return model
 
 
