@@ -319,6 +319,23 @@ def split_evenly(m, x):
     return m.op("Concat", m.op("Relu", b), a, axis=1), 512, ["Slice", "Slice", "relu", "Concat"]
 
 
+def chunks_as_a_sequence(m, x):
+    """torch's newer exporter, unoptimised."""
+    parts = m.op("SplitToSequence", x, np.array(4), axis=1)
+    a, b = (m.op("SequenceAt", parts, np.array(i)) for i in (0, 1))
+    return m.op("Concat", m.op("Relu", b), a, axis=1), 512, ["Slice", "Slice", "relu", "Concat"]
+
+
+def sequence_of_given_lengths(m, x):
+    parts = m.op("SplitToSequence", x, np.array([5, 1, 2]), axis=1)
+    return m.op("SequenceAt", parts, np.array(-1)), 128, ["Slice"]
+
+
+def conv_with_a_bias_of_zeros(m, x):
+    y = m.op("Conv", x, m.weights(4, 8, 1, 1), np.zeros(4))
+    return m.batch_norm(y, 4), 256, ["Conv", "BatchNorm"]
+
+
 def gather(m, x):
     y = m.op("Unsqueeze", m.op("Gather", x, np.array(-3), axis=1), np.array([1]))
     return m.op("Concat", y, x, axis=1), 576, ["Slice", "Concat"]
@@ -404,6 +421,12 @@ def test_operator_as_onnxruntime_computes_it(case, tmp_path):
     x = model.op("LeakyRelu", model.conv("image", 8, 3, bias=True), alpha=0.5)
     y, features, expected = case(model, x)
     network = compare(model.save(tmp_path / "model.onnx", model.head(y, features)))
+    for layer in network.graph.layers:
+        if (
+            layer.name in network.variables["params"]
+            and "bias" in network.variables["params"][layer.name]
+        ):
+            assert np.any(network.variables["params"][layer.name]["bias"])
     assert kinds(network)[2:-1] == expected
 
 

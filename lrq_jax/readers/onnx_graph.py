@@ -158,10 +158,12 @@ def _check_operators(nodes: Sequence[Node]) -> None:
 
 def _translate(translation: Translation, node: Node) -> None:
     try:
-        translation.values[node.outputs[0]] = OPERATORS[node.kind](translation, node)
+        value = OPERATORS[node.kind](translation, node)
     except (GraphError, AxesError) as error:
         message = f"{node.kind} (node {node.name!r}, {node.place}): {error}"
         raise ReaderError(message) from error
+    if value is not None:
+        translation.values[node.outputs[0]] = value
 
 
 def _logits(t: Translation, name: str) -> str:

@@ -1,7 +1,7 @@
 """One handler for each ONNX operator that computes: `OPERATORS[kind](translation, node)`.
 
 Operators that only rearrange are in `onnx_shapes`. A handler returns the `Value` of the node's
-first output.
+first output, or None where it put all its outputs in place itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lrq_jax.graph import layers as L
 from lrq_jax.readers import onnx_axes as ax
 from lrq_jax.readers.onnx_translation import Node, Translation, Value
 
-Handler = Callable[[Translation, Node], Value]
+Handler = Callable[[Translation, Node], Value | None]
 OPERATORS: dict[str, Handler] = {}
 
 _THIRD = 1e-5  # exporters write 1/6 with four to eight digits
@@ -80,7 +80,7 @@ def _conv(t: Translation, node: Node) -> Value:
     if weight.ndim != 4:
         raise node.fail(f"a weight {weight.shape}", "a 2-D convolution's, of 4 dimensions")
     params = {"kernel": weight.transpose(2, 3, 1, 0)}
-    if bias is not None:
+    if bias is not None and np.any(bias):  # one exporter writes zeros for no bias
         params["bias"] = bias
     dilation = tuple(node.attributes.get("dilations", (1, 1)))
     groups = node.attributes.get("group", 1)
@@ -102,7 +102,7 @@ def _conv(t: Translation, node: Node) -> Value:
         kernel_size=weight.shape[2:],
         dilation=dilation,
         groups=groups,
-        use_bias=bias is not None,
+        use_bias="bias" in params,
         **settings,
     )
     return t.image_value(made)

@@ -175,24 +175,54 @@ def _gather(t: Translation, node: Node) -> Value:
 
 
 @handles("Split")
-def _split(t: Translation, node: Node) -> Value:
-    """Slices; all outputs but the first are put in place here."""
+def _split(t: Translation, node: Node) -> None:
+    """A slice for each output."""
     value = t.passed(node)
     axis = node.attributes.get("axis", 0) % len(value.axes)
-    size, parts = value.shape[axis], node.attributes.get("split")
-    if parts is None:
-        found = t.constant(node, 1, "split")
-        count = len(node.outputs)
-        share = -(-size // count)
-        parts = [min(share, size - i * share) for i in range(count)]
-        parts = parts if found is None else found.ravel().tolist()
+    size, lengths = value.shape[axis], node.attributes.get("split")
+    if lengths is None and (found := t.constant(node, 1, "split")) is not None:
+        lengths = found.ravel().tolist()
+    if lengths is None:
+        lengths = _even(size, -(-size // len(node.outputs)))
+    parts = _parts(t, node, value, axis, lengths)
+    t.values.update(zip(node.outputs, parts, strict=True))
+
+
+@handles("SplitToSequence")
+def _split_to_sequence(t: Translation, node: Node) -> None:
+    """What torch's newer exporter writes for a chunk; SequenceAt picks the slices."""
+    value, found = t.passed(node), t.constant(node, 1, "split")
+    axis = node.attributes.get("axis", 0) % len(value.axes)
+    if found is None:
+        raise node.fail("no lengths", "them: parts of one value each are not supported")
+    size = value.shape[axis]
+    lengths = found.tolist() if found.ndim else _even(size, int(found))
+    t.sequences[node.outputs[0]] = _parts(t, node, value, axis, lengths)
+
+
+@handles("SequenceAt")
+def _sequence_at(t: Translation, node: Node) -> Value:
+    parts, position = t.sequences.get(node.inputs[0]), t.constant(node, 1, "position")
+    if parts is None or position is None or not -len(parts) <= int(position) < len(parts):
+        raise node.fail("no such part", "one of a SplitToSequence")
+    return parts[int(position)]
+
+
+def _even(size: int, length: int) -> list[int]:
+    """Parts of one length, the last what is left."""
+    return [min(length, size - start) for start in range(0, size, max(length, 1))]
+
+
+def _parts(t: Translation, node: Node, value: Value, axis: int, lengths: list[int]) -> list[Value]:
+    """Slices of these lengths, one after the other."""
+    if sum(lengths) != value.shape[axis] or min(lengths) < 1:
+        raise node.fail(f"lengths {lengths} of {value.shape[axis]}", "lengths that add up to it")
     value = dataclasses.replace(value, alone=False)
-    made, start = [], 0
-    for part in parts:
-        made.append(_cut(t, node, value, axis, start, start + part, 1))
-        start += part
-    t.values.update(zip(node.outputs, made, strict=True))
-    return made[0]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [
+        _cut(t, node, value, axis, start, start + length, 1)
+        for start, length in zip(starts, lengths, strict=True)
+    ]
 
 
 # --- wholes --------------------------------------------------------------------------------------

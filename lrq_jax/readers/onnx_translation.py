@@ -93,6 +93,7 @@ class Translation:
                 tensor=INPUT, axes=ax.image_axes(self.batch, self.input_shape, channel_axis)
             )
         }
+        self.sequences: dict[str, list[Value]] = {}
         self.readers = Counter(name for node in nodes for name in node.inputs)
         self.normalisation: tuple[np.ndarray, np.ndarray] | None = None
         self.notes: list[str] = []
@@ -257,10 +258,12 @@ class Translation:
                             **settings | changed)  # fmt: skip
         flat = len(self.shapes[tensor]) == 1
         source = self.add(L.Unflatten, tensor) if flat else tensor
-        kernel = np.float32(scale).reshape(1, 1, 1, channels)
-        arrays = {"params": {"kernel": kernel, "bias": np.float32(shift)}}
-        made = self.add(L.Conv, source, hint="affine", arrays=arrays, features=channels,
-                        kernel_size=(1, 1), groups=channels, use_bias=True)  # fmt: skip
+        params = {"kernel": np.float32(scale).reshape(1, 1, 1, channels)}
+        if np.any(shift):
+            params["bias"] = np.float32(shift)
+        made = self.add(L.Conv, source, hint="affine", arrays={"params": params},
+                        features=channels, kernel_size=(1, 1), groups=channels,
+                        use_bias="bias" in params)  # fmt: skip
         return self.add(L.Flatten, made) if flat else made
 
     # --- the end ---------------------------------------------------------------------------------
