@@ -1,4 +1,4 @@
-"""Converts a published checkpoint (PyTorch or safetensors) into a teacher directory.
+"""Converts a published checkpoint (PyTorch, safetensors, NumPy, Keras, Flax, ONNX) into a teacher.
 
     python scripts/convert_teacher.py --source resnet20.th --out teachers/resnet20
 
@@ -13,6 +13,7 @@ import sys
 
 from lrq_jax.networks import list_networks
 from lrq_jax.readers import convert_teacher, describe, save_teacher
+from lrq_jax.readers.onnx_graph import ASSUMPTIONS
 
 
 class _List(argparse.Action):
@@ -42,7 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", required=True, help="a .pt, .pth, .th or .safetensors file")
+    parser.add_argument(
+        "--source",
+        required=True,
+        help="a .pt, .pth, .th, .safetensors, .npz, .h5, .keras, .msgpack or .onnx file, or the "
+        "directory of an orbax checkpoint",
+    )
     parser.add_argument("--out", required=True, help="teacher directory to write")
     parser.add_argument("--arch", help="a network of --list; default: found in the file")
     parser.add_argument("--list", action=_List, nargs=0, help="print the known networks and end")
@@ -53,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resize", type=int, help="shorter side before the centre crop, pixels")
     parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="of the resize")
     parser.add_argument("--bn-eps", type=float, help="eps of every batch norm, where not published")
+    parser.add_argument(
+        "--assume-bn", choices=ASSUMPTIONS,
+        help="take an .onnx file without batch norms, for data-free rounding only",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the teacher at --out")
     return parser
 
@@ -71,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             resize=options.resize,
             interpolation=options.interpolation,
             bn_eps=options.bn_eps,
+            assume_bn=options.assume_bn,
         )
         save_teacher(teacher, options.out, overwrite=options.overwrite)
     except (ValueError, OSError) as error:

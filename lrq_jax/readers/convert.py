@@ -17,7 +17,23 @@ from lrq_jax.graph import layers as L
 from lrq_jax.networks import Recipe, build_network
 from lrq_jax.readers.detection import Match, best_match, detect_match, fit_graph
 from lrq_jax.readers.errors import ReaderError
+from lrq_jax.readers.flax_file import (
+    flax_variables,
+    is_flax_path,
+    is_msgpack,
+    read_msgpack_file,
+    read_orbax_directory,
+    unflatten,
+)
+from lrq_jax.readers.flax_names import read_flax_variables
+from lrq_jax.readers.keras_file import SUFFIXES as KERAS_SUFFIXES
+from lrq_jax.readers.keras_file import read_keras_file
+from lrq_jax.readers.keras_model import read_keras_model
+from lrq_jax.readers.keras_weights import read_keras_weights
 from lrq_jax.readers.names import match_variables, unwrap_state_dict
+from lrq_jax.readers.npz_file import read_npz_file
+from lrq_jax.readers.onnx_graph import read_onnx
+from lrq_jax.readers.onnx_preprocessing import onnx_preprocessing
 from lrq_jax.readers.published.files import PublishedFile, find_published
 from lrq_jax.readers.published.recipes import find_recipe
 from lrq_jax.readers.safetensors_file import read_safetensors_file
@@ -30,7 +46,7 @@ _OPTION_A = r"resnet\d+_cifar"
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The flat state dict of a `.pt`, `.pth`, `.th` or `.safetensors` file, and notes on it.
+    """The flat state dict of a `.pt`, `.pth`, `.th`, `.safetensors` or `.npz` file, and notes on it.
 
     Raises:
       FileNotFoundError: no such file.
@@ -40,6 +56,8 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, np.ndarray], tuple[st
     if path.suffix == ".safetensors":
         arrays, _ = read_safetensors_file(path)
         return unwrap_state_dict(arrays)
+    if path.suffix == ".npz":
+        return unwrap_state_dict(read_npz_file(path))
     return unwrap_state_dict(read_torch_file(path))
 
 
@@ -72,14 +90,16 @@ class Choices:
             )
 
 
-def convert_teacher(source: str | Path, arch: str | None = None, *,
-                    num_classes: int | None = None, **choices: Any) -> Teacher:  # fmt: skip
+def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes: int | None = None,
+                    assume_bn: str | None = None, **choices: Any) -> Teacher:  # fmt: skip
     """The teacher in a published checkpoint.
 
     Args:
-      source: a PyTorch or safetensors file.
+      source: a PyTorch, safetensors, NumPy, Keras or Flax (msgpack) file, the directory of an
+        orbax checkpoint, or an ONNX file. Whole Keras models and ONNX files carry their network.
       arch: the architecture (see `build_network`); None where names and shapes are to decide it.
       num_classes: checked against the file where given.
+      assume_bn: `unit` takes an ONNX file without batch norms, for data-free rounding only.
       **choices: fields of `Choices`: mean, std, size, resize, interpolation, bn_eps.
 
     Raises:
@@ -87,17 +107,104 @@ def convert_teacher(source: str | Path, arch: str | None = None, *,
       ReaderError: an unreadable file, arrays that do not fit, or preprocessing that is not known.
       ValueError: an unknown architecture.
     """
-    path = Path(source)
+    path, chosen = Path(source), Choices(**choices)
+    if assume_bn is not None and path.suffix != ".onnx":
+        raise ReaderError(f"{path.name}: found assume_bn, expected it with an .onnx file only")
+    try:
+        if path.suffix == ".onnx":
+            made = _from_onnx(path, arch, num_classes, chosen, assume_bn)
+        elif path.suffix in KERAS_SUFFIXES:
+            made = _from_keras(path, arch, num_classes, chosen)
+        elif (flax := _flax_tree(path)) is not None:
+            made = _from_flax(*flax, arch, num_classes, chosen)
+        else:
+            return _from_state_dict(path, arch, num_classes, chosen)
+    except ReaderError as error:
+        if str(error).startswith(f"{path.name}: "):
+            raise
+        raise ReaderError(f"{path.name}: {error}") from error
+    return dataclasses.replace(
+        _with_choices(made, chosen), source=path.name, source_sha256=_sha256(path)
+    )
+
+
+def _from_state_dict(path: Path, arch: str | None, num_classes: int | None, chosen: Choices) -> Teacher:  # fmt: skip
     state, notes = read_checkpoint(path)
     sha1, sha256 = _hashes(path)
-    published = find_published(sha1, sha256)
-    try:
-        made = _build(state, arch, num_classes, Choices(**choices), published)
-    except ReaderError as error:
-        raise ReaderError(f"{path.name}: {error}") from error
+    made = _build(state, arch, num_classes, chosen, find_published(sha1, sha256))
     return dataclasses.replace(
         made, source=path.name, source_sha256=sha256, notes=notes + made.notes
     )
+
+
+def _from_onnx(path: Path, arch: str | None, num_classes: int | None, chosen: Choices,
+               assume_bn: str | None) -> Teacher:  # fmt: skip
+    if arch is not None:
+        raise ReaderError(
+            f"found the architecture {arch!r}, expected none: an ONNX file carries its own"
+        )
+    network = read_onnx(path, size=chosen.size, assume_bn=assume_bn)
+    if num_classes not in (None, network.graph.num_classes):
+        raise ReaderError(
+            f"found {network.graph.num_classes} classes in the file, expected the "
+            f"{num_classes} asked for: leave --num-classes out or choose another file"
+        )
+    preprocessing, origin = onnx_preprocessing(network, chosen.mean, chosen.std)
+    return Teacher(
+        graph=network.graph,
+        variables=network.variables,
+        preprocessing=preprocessing,
+        arch=network.graph.name,
+        notes=("network read from the ONNX file", origin, *network.notes),
+    )
+
+
+def _from_keras(path: Path, arch: str | None, num_classes: int | None, chosen: Choices) -> Teacher:
+    settings = {
+        "num_classes": num_classes, "mean": chosen.mean, "std": chosen.std, "size": chosen.size,
+    }  # fmt: skip
+    file = read_keras_file(path)
+    if file.model is None:
+        return read_keras_weights(file, arch, **settings)
+    if arch is not None:
+        raise ReaderError(
+            "found a whole Keras model, which carries its architecture, expected no --arch"
+        )
+    return read_keras_model(file, **settings)
+
+
+def _flax_tree(path: Path) -> tuple[dict[str, Any], tuple[str, ...]] | None:
+    """The tree of a Flax checkpoint and notes on it; None where the file is none."""
+    if path.is_dir():
+        return read_orbax_directory(path)
+    if is_msgpack(path):
+        return read_msgpack_file(path), ()
+    arrays = read_npz_file(path) if path.suffix == ".npz" else {}
+    if any(is_flax_path(name) for name in arrays):
+        return unflatten(arrays), ()
+    return None
+
+
+def _from_flax(tree: dict[str, Any], notes: tuple[str, ...], arch: str | None,
+               num_classes: int | None, chosen: Choices) -> Teacher:  # fmt: skip
+    flat, more = flax_variables(tree)
+    made = read_flax_variables(
+        flat, arch, num_classes=num_classes, mean=chosen.mean, std=chosen.std, size=chosen.size
+    )
+    return dataclasses.replace(made, notes=notes + more + made.notes)
+
+
+def _with_choices(made: Teacher, chosen: Choices) -> Teacher:
+    """The user's resize and interpolation, where a file's format has none of its own."""
+    if chosen.bn_eps is not None:
+        raise ReaderError("found bn_eps, expected none: this file says what its batch norms have")
+    given = {
+        name: value
+        for name in ("resize", "interpolation")
+        if (value := getattr(chosen, name)) is not None
+    }
+    preprocessing = dataclasses.replace(made.preprocessing, **given)
+    return dataclasses.replace(made, preprocessing=preprocessing)
 
 
 def _build(state: dict[str, np.ndarray], arch: str | None, num_classes: int | None,
@@ -196,11 +303,21 @@ def _preprocessing(known: tuple[Recipe, str] | None, choices: Choices,
 
 def _hashes(path: Path) -> tuple[str, str]:
     """SHA-1 and SHA-256 of a file, in hexadecimal digits."""
-    digests = []
-    for kind in ("sha1", "sha256"):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, kind).hexdigest())
-    return digests[0], digests[1]
+    return _digest(path, "sha1"), _digest(path, "sha256")
+
+
+def _digest(path: Path, kind: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; of a directory, over its files' names and hashes."""
+    if not path.is_dir():
+        return _digest(path, "sha256")
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path).as_posix()} {_digest(file, 'sha256')}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def describe(teacher: Teacher) -> str:

@@ -21,6 +21,7 @@ import safetensors.numpy
 from lrq_jax.console import quiet_logging
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import Graph, graph_from_dict, graph_to_dict
+from lrq_jax.readers.convert import convert_teacher
 from lrq_jax.readers.safetensors_file import read_safetensors_file
 from lrq_jax.readers.teacher import (
     Teacher,
@@ -156,7 +157,8 @@ def load_teacher(path: str | Path) -> Teacher:
 
     Args:
       path: a directory of `save_teacher`, a `.safetensors` file of `save_embedded`, or `digits`
-        for the teacher that comes with the package.
+        for the teacher that comes with the package; also an `.onnx` file that carries its
+        normalisation (others are converted first, with the normalisation given there).
 
     Raises:
       FileNotFoundError: nothing there.
@@ -167,6 +169,8 @@ def load_teacher(path: str | Path) -> Teacher:
     path = Path(path).resolve()
     if path.is_file() and path.suffix == ".safetensors":
         return _load_embedded(path)
+    if path.is_file() and path.suffix == ".onnx":
+        return convert_teacher(path)
     if not path.exists():
         raise FileNotFoundError(f"found no teacher at {str(path)!r}; make one: {_CONVERT}")
     if not (path / _METADATA_FILE).is_file():
