@@ -1,4 +1,4 @@
-"""Converts a published checkpoint (PyTorch or safetensors) into a teacher directory.
+"""Converts a published checkpoint (PyTorch, safetensors, Keras) into a teacher directory.
 
     python scripts/convert_teacher.py --source resnet20.th --out teachers/resnet20
 
@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", required=True, help="a .pt, .pth, .th or .safetensors file")
+    parser.add_argument(
+        "--source", required=True, help="a .pt, .pth, .th, .safetensors, .h5 or .keras file"
+    )
     parser.add_argument("--out", required=True, help="teacher directory to write")
     parser.add_argument("--arch", help="a network of --list; default: found in the file")
     parser.add_argument("--list", action=_List, nargs=0, help="print the known networks and end")

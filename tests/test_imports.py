@@ -35,7 +35,7 @@ ALLOWED_FOR_INDEPENDENT = {"synthesis": {"ops"}, "losses": {"ops"}, "data": {"pa
 NEVER = {"tensorflow", "torch", "keras", "onnx", "clu"}
 # Imported by the function that needs them: a run that does not read images this way, or a user
 # of the library without them, never pays.
-LAZY = {"tensorflow_datasets", "sklearn", "ml_collections", "PIL", "tensorboardX"}
+LAZY = {"tensorflow_datasets", "sklearn", "ml_collections", "PIL", "tensorboardX", "h5py"}
 MAY_IMPORT_AT_TOP = {"main": {"ml_collections"}}
 
 

@@ -7,12 +7,16 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lrq_jax.data import Preprocessing
 from lrq_jax.networks import build_network
 from lrq_jax.readers.errors import ReaderError
+from lrq_jax.readers.keras_file import SUFFIXES as KERAS_SUFFIXES
+from lrq_jax.readers.keras_file import read_keras_file
+from lrq_jax.readers.keras_model import read_keras_model
 from lrq_jax.readers.names import (
     detect_arch,
     file_settings,
@@ -103,7 +107,7 @@ def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes:
     """The teacher in a published checkpoint.
 
     Args:
-      source: a PyTorch or safetensors file.
+      source: a PyTorch, safetensors or Keras file.
       arch: the architecture (see `build_network`); None where names and shapes are to decide it.
       num_classes: checked against the file where given.
       mean, std: per channel, in units of pixels scaled to [0, 1]; None takes the published ones.
@@ -115,6 +119,9 @@ def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes:
       ValueError: an unknown architecture.
     """
     path = Path(source)
+    if path.suffix in KERAS_SUFFIXES:
+        made = _keras(path, arch, num_classes=num_classes, mean=mean, std=std, size=size)
+        return dataclasses.replace(made, source=path.name, source_sha256=_sha256(path))
     state, notes = read_checkpoint(path)
     try:
         made = _build(state, arch, num_classes, mean, std, size)
@@ -123,6 +130,19 @@ def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes:
     return dataclasses.replace(
         made, source=path.name, source_sha256=_sha256(path), notes=notes + made.notes
     )
+
+
+def _keras(path: Path, arch: str | None, **settings: Any) -> Teacher:
+    """The teacher in one of Keras' files, without its source."""
+    try:
+        file = read_keras_file(path)
+        if arch is not None:
+            raise ReaderError(
+                "found a whole Keras model, which carries its architecture, expected no --arch"
+            )
+        return read_keras_model(file, **settings)
+    except ReaderError as error:
+        raise ReaderError(f"{path.name}: {error}") from error
 
 
 def _build(state: dict[str, np.ndarray], arch: str | None, num_classes: int | None,
