@@ -1,4 +1,4 @@
-"""Converts a published checkpoint (PyTorch, safetensors, Keras) into a teacher directory.
+"""Converts a published checkpoint (PyTorch, safetensors, NumPy, Keras, Flax) into a teacher.
 
     python scripts/convert_teacher.py --source resnet20.th --out teachers/resnet20
 
@@ -41,7 +41,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--source", required=True, help="a .pt, .pth, .th, .safetensors, .h5 or .keras file"
+        "--source",
+        required=True,
+        help="a .pt, .pth, .th, .safetensors, .npz, .h5, .keras or .msgpack file, or the directory "
+        "of an orbax checkpoint",
     )
     parser.add_argument("--out", required=True, help="teacher directory to write")
     parser.add_argument("--arch", help="a network of --list; default: found in the file")

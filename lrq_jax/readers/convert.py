@@ -14,6 +14,15 @@ import numpy as np
 from lrq_jax.data import Preprocessing
 from lrq_jax.networks import build_network
 from lrq_jax.readers.errors import ReaderError
+from lrq_jax.readers.flax_file import (
+    flax_variables,
+    is_flax_path,
+    is_msgpack,
+    read_msgpack_file,
+    read_orbax_directory,
+    unflatten,
+)
+from lrq_jax.readers.flax_names import read_flax_variables
 from lrq_jax.readers.keras_file import SUFFIXES as KERAS_SUFFIXES
 from lrq_jax.readers.keras_file import read_keras_file
 from lrq_jax.readers.keras_model import read_keras_model
@@ -24,6 +33,7 @@ from lrq_jax.readers.names import (
     match_variables,
     unwrap_state_dict,
 )
+from lrq_jax.readers.npz_file import read_npz_file
 from lrq_jax.readers.safetensors_file import read_safetensors_file
 from lrq_jax.readers.teacher import Teacher
 from lrq_jax.readers.torch_file import read_torch_file
@@ -88,7 +98,7 @@ RECIPES: tuple[_Recipe, ...] = (
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The flat state dict of a `.pt`, `.pth`, `.th` or `.safetensors` file, and notes on it.
+    """The flat state dict of a `.pt`, `.pth`, `.th`, `.safetensors` or `.npz` file, and notes on it.
 
     Raises:
       FileNotFoundError: no such file.
@@ -98,6 +108,8 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, np.ndarray], tuple[st
     if path.suffix == ".safetensors":
         arrays, _ = read_safetensors_file(path)
         return unwrap_state_dict(arrays)
+    if path.suffix == ".npz":
+        return unwrap_state_dict(read_npz_file(path))
     return unwrap_state_dict(read_torch_file(path))
 
 
@@ -107,7 +119,8 @@ def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes:
     """The teacher in a published checkpoint.
 
     Args:
-      source: a PyTorch, safetensors or Keras file.
+      source: a PyTorch, safetensors, NumPy, Keras or Flax (msgpack) file, or the directory of an
+        orbax checkpoint.
       arch: the architecture (see `build_network`); None where names and shapes are to decide it.
       num_classes: checked against the file where given.
       mean, std: per channel, in units of pixels scaled to [0, 1]; None takes the published ones.
@@ -122,6 +135,17 @@ def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes:
     if path.suffix in KERAS_SUFFIXES:
         made = _keras(path, arch, num_classes=num_classes, mean=mean, std=std, size=size)
         return dataclasses.replace(made, source=path.name, source_sha256=_sha256(path))
+    if (flax := _flax_tree(path)) is not None:
+        tree, notes = flax
+        try:
+            flat, more = flax_variables(tree)
+            made = read_flax_variables(
+                flat, arch, num_classes=num_classes, mean=mean, std=std, size=size
+            )
+        except ReaderError as error:
+            raise ReaderError(f"{path.name}: {error}") from error
+        notes += more + made.notes
+        return dataclasses.replace(made, source=path.name, source_sha256=_sha256(path), notes=notes)
     state, notes = read_checkpoint(path)
     try:
         made = _build(state, arch, num_classes, mean, std, size)
@@ -130,6 +154,21 @@ def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes:
     return dataclasses.replace(
         made, source=path.name, source_sha256=_sha256(path), notes=notes + made.notes
     )
+
+
+def _flax_tree(path: Path) -> tuple[dict[str, Any], tuple[str, ...]] | None:
+    """The tree of a Flax checkpoint and notes on it; None where the file is none."""
+    arrays = read_npz_file(path) if path.suffix == ".npz" else {}
+    try:
+        if path.is_dir():
+            return read_orbax_directory(path)
+        if is_msgpack(path):
+            return read_msgpack_file(path), ()
+        if any(is_flax_path(name) for name in arrays):
+            return unflatten(arrays), ()
+    except ReaderError as error:
+        raise ReaderError(f"{path.name}: {error}") from error
+    return None
 
 
 def _keras(path: Path, arch: str | None, **settings: Any) -> Teacher:
@@ -223,6 +262,11 @@ def _preprocessing(recipe: _Recipe | None, mean: Triple | None, std: Triple | No
 
 
 def _sha256(path: Path) -> str:
+    """Of a file; of a directory, over its files' names and hashes."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(path).as_posix()} {_sha256(file)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
