@@ -114,6 +114,18 @@ def write(path, nodes, layout, *, name="model", kind="Functional", output=None, 
     return path
 
 
+def write_weights(path, nodes, layout):
+    """A file of weights only, as `model.save_weights` writes it in either layout."""
+    version, form = layout.split()
+    path = path / ("model.weights.h5" if form == "keras" else "weights.h5")
+    with h5py.File(path, "w") as file:
+        if form == "keras":
+            write_numbered(file, nodes)
+        else:
+            write_listed(file, nodes, version)
+    return path
+
+
 def write_listed(group, nodes, version, chunks=1):
     """The older layout of weights."""
     keras_2 = version.startswith("2")

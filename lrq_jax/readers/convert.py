@@ -26,6 +26,7 @@ from lrq_jax.readers.flax_names import read_flax_variables
 from lrq_jax.readers.keras_file import SUFFIXES as KERAS_SUFFIXES
 from lrq_jax.readers.keras_file import read_keras_file
 from lrq_jax.readers.keras_model import read_keras_model
+from lrq_jax.readers.keras_weights import read_keras_weights
 from lrq_jax.readers.names import (
     detect_arch,
     file_settings,
@@ -175,6 +176,8 @@ def _keras(path: Path, arch: str | None, **settings: Any) -> Teacher:
     """The teacher in one of Keras' files, without its source."""
     try:
         file = read_keras_file(path)
+        if file.model is None:
+            return read_keras_weights(file, arch, **settings)
         if arch is not None:
             raise ReaderError(
                 "found a whole Keras model, which carries its architecture, expected no --arch"

@@ -25,7 +25,7 @@ SUFFIXES = (".h5", ".hdf5", ".keras")
 
 _MAX_RATIO = 100
 _OPTIMIZER = ("optimizer_weights", "optimizer", "_optimizer")
-_NESTED = ("layers", "_layer_checkpoint_dependencies")
+NESTED = ("layers", "_layer_checkpoint_dependencies")
 _CONFIG, _METADATA, _WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 
 
@@ -106,7 +106,7 @@ class NumberedWeights:
         """See `Weights.of`; the variables are numbered in the order of `wanted`."""
         arrays = numbered(self.tree, address.folder)
         if not arrays:  # Keras 2.12 and 2.13 called the folders so
-            old = address.folder.replace("layers/", f"{_NESTED[1]}/")
+            old = address.folder.replace("layers/", f"{NESTED[1]}/")
             arrays = numbered(self.tree, old)
         if len(arrays) != len(wanted):
             raise ReaderError(
@@ -151,7 +151,7 @@ def read_keras_file(path: Path) -> KerasFile:
     weights: Weights
     if tree.names(root, "layer_names") is not None:
         weights = ListedWeights(tree, root)
-    elif any(name in tree.attributes for name in _NESTED):
+    elif any(name in tree.attributes for name in NESTED):
         weights = NumberedWeights(tree)
     else:
         raise ReaderError(

@@ -63,7 +63,7 @@ def read_keras_model(file: KerasFile, *, num_classes: int | None = None,
         raise ReaderError(f"found a layer configured as Keras does not ({error!r})") from error
     graph, variables = _dense_head(graph, translator.variables)
     _check_head(graph, num_classes)
-    how, origin = _preprocessing(entry, mean, std, shape[0])
+    how, origin = image_preprocessing(entry, mean, std, shape[0])
     version = f"Keras {file.version}" if file.version else "Keras"
     notes = [f"network read from the configuration of a {version} model", origin]
     if how.resize is not None:
@@ -166,7 +166,7 @@ def _check_head(graph: Graph, num_classes: int | None) -> None:
         )
 
 
-def _preprocessing(entry: Value, mean: Triple | None, std: Triple | None,
+def image_preprocessing(entry: Value, mean: Triple | None, std: Triple | None,
                    size: int) -> tuple[Preprocessing, str]:  # fmt: skip
     """How to prepare images, and a sentence on where that comes from."""
     scale, offset = np.asarray(entry.scale), np.asarray(entry.offset)
