@@ -134,7 +134,7 @@ def write(folder, form, variables):
         with ocp.CheckpointManager(path) as manager:
             for step in (9, 10):
                 params = {**state["params"], "Dense_0": jax.tree.map(
-                    lambda leaf: leaf * (step == 10), state["params"]["Dense_0"])}  # fmt: skip
+                    lambda leaf, step=step: leaf * (step == 10), state["params"]["Dense_0"])}  # fmt: skip
                 tree = {**state, "params": params, "step": step}
                 manager.save(step, args=ocp.args.StandardSave(tree))
             manager.wait_until_finished()
