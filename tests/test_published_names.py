@@ -63,6 +63,9 @@ SPOT_CHECKS = {
     ("torchvision", "densenet121"): {
         "bn1": "features.norm0", "stage4_block15_conv2": "features.denseblock4.denselayer16.conv2",
         "transition3_bn": "features.transition3.norm", "last_bn": "features.norm5"},
+    ("pytorchcv", "densenet121"): {
+        "transition1_bn": "features.stage2.trans2.conv.bn",
+        "stage4_block15_conv2": "features.stage4.unit16.conv2.conv"},
     ("torchvision", "inception_v3"): {
         "stem_4_conv": "Conv2d_3b_1x1.conv", "stage1_block2_branch3_3_bn": "Mixed_5d.branch3x3dbl_3.bn",
         "stage2_block0_branch1_1_conv": "Mixed_6a.branch3x3.conv",
@@ -101,6 +104,17 @@ def test_layers_have_the_names_of_the_packages(name, arch):
     found = namings_for(name, arch)[0].modules(build_network(arch))
     expected = SPOT_CHECKS[name, arch]
     assert {layer: found[layer] for layer in expected} == expected
+
+
+def test_pytorchcvs_two_mobilenet_v2_differ_in_their_first_block():
+    """`mobilenetv2` expands 32 channels to 32 there, `mobilenetv2b` and all others do not."""
+    arch, first = "mobilenet_v2", "features.stage1.unit1.conv1.conv.weight"
+    plain, expanding = (fake_state(arch, "pytorchcv", index) for index in (0, 1))
+    assert (first in plain, first in expanding) == (False, True)
+    assert expanding[first].shape == (32, 32, 1, 1)
+    assert "output.bias" not in plain
+    assert detect_match(plain).settings.get("expand_first") is None
+    assert detect_match(expanding).settings["expand_first"]
 
 
 def test_every_network_has_a_naming_and_every_naming_one_name_for_each_layer():
