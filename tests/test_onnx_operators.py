@@ -430,6 +430,13 @@ def test_operator_as_onnxruntime_computes_it(case, tmp_path):
     assert kinds(network)[2:-1] == expected
 
 
+def test_a_convolution_also_read_unscaled_is_not_computed_twice(tmp_path):
+    model = Model()
+    y, features, _ = conv_raw_and_scaled(model, model.conv("image", 8, 3))
+    network = compare(model.save(tmp_path / "model.onnx", model.head(y, features)))
+    assert [layer.groups for layer in network.graph.weighted[:-1]] == [1, 1, 8]
+
+
 def test_every_operator_has_a_case():
     tested = {kind for case in CASES for kind in kinds_of(case)}
     missing = set(OPERATORS) - tested - {"Conv", "Gemm", "Softmax", "LogSoftmax", "Cast"}
