@@ -49,7 +49,8 @@ def torchvision():
 
 NETWORKS = {
     **{f"torchvision resnet{depth}": 64 for depth in (18, 34, 50, 101)},
-    **{f"torchvision vgg{depth}_bn": 64 for depth in (11, 13, 16, 19)},
+    # torch exports VGG's adaptive pool only where it has nothing to do.
+    **{f"torchvision vgg{depth}_bn": 224 for depth in (11, 13, 16, 19)},
     "torchvision mobilenet_v2": 64,
     "torchvision shufflenet_v2_x0_5": 64,
     "torchvision shufflenet_v2_x1_0": 64,

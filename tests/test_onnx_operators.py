@@ -269,6 +269,10 @@ def avg_pool_same(m, x):
     return y, 128, ["AvgPool"]
 
 
+def avg_pool_of_one(m, x):
+    return m.op("AveragePool", x, kernel_shape=[1, 1]), 512, []
+
+
 def avg_pool_of_all(m, x):
     return m.op("AveragePool", x, kernel_shape=[8, 8]), 8, ["GlobalPool"]
 
