@@ -136,7 +136,8 @@ def row(family: str, package: str, name: str, size: int) -> list[str]:
             return [*cells, f"refused: {reason}", *["-"] * 4]
         images = random_images(network, 0)
         expected = reference(path, images)
-    found = np.asarray(jax.jit(lambda x: float_logits(network.graph, network.variables, x))(images))
+    forward = jax.jit(lambda variables, x: float_logits(network.graph, variables, x))
+    found = np.asarray(forward(network.variables, images))
     difference = np.abs(found - expected).max() / np.abs(expected).max()
     cells += [
         f"read, {len(network.graph.layers)} layers",

@@ -269,6 +269,10 @@ def avg_pool_same(m, x):
     return y, 128, ["AvgPool"]
 
 
+def avg_pool_of_one(m, x):
+    return m.op("AveragePool", x, kernel_shape=[1, 1]), 512, []
+
+
 def avg_pool_of_all(m, x):
     return m.op("AveragePool", x, kernel_shape=[8, 8]), 8, ["GlobalPool"]
 
@@ -428,6 +432,13 @@ def test_operator_as_onnxruntime_computes_it(case, tmp_path):
         ):
             assert np.any(network.variables["params"][layer.name]["bias"])
     assert kinds(network)[2:-1] == expected
+
+
+def test_a_convolution_also_read_unscaled_is_not_computed_twice(tmp_path):
+    model = Model()
+    y, features, _ = conv_raw_and_scaled(model, model.conv("image", 8, 3))
+    network = compare(model.save(tmp_path / "model.onnx", model.head(y, features)))
+    assert [layer.groups for layer in network.graph.weighted[:-1]] == [1, 1, 8]
 
 
 def test_every_operator_has_a_case():

@@ -278,6 +278,16 @@ def test_bytes_as_input(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5 * abs(expected).max(), rtol=0)
 
 
+@pytest.mark.parametrize(("number", "unit"), [(1 / 255, 255), (1 / 0.5, 1)])
+def test_pixels_only_scaled(number, unit, tmp_path):
+    """No mean to tell the unit by."""
+    model = Model()
+    path = model.save(tmp_path / "m.onnx", tiny(model, model.op("Mul", "image", number)))
+    teacher = convert_teacher(path)
+    assert f"0 to {unit}" in " ".join(teacher.notes)
+    np.testing.assert_allclose(teacher.preprocessing.std, 1 if unit == 255 else 0.5, rtol=1e-6)
+
+
 def test_given_normalisation_comes_before_the_files_own(tmp_path):
     """torchvision's InceptionV3 renormalises images that were normalised already."""
     model = Model()

@@ -130,6 +130,8 @@ def _avg_pool(t: Translation, node: Node) -> Value:
     none = ((0, 0), (0, 0))
     if kernel == t.shapes[x][:2] and settings["padding"] == none:
         return _pooled(t, x)
+    if (kernel, settings["strides"], settings["padding"]) == ((1, 1), (1, 1), none):
+        return t.image_value(x)  # an adaptive pool with nothing to do
     counted = bool(node.attributes.get("count_include_pad", 0))
     written = _window(node, t.shapes[x], kernel, (1, 1))["padding"]
     if counted and written != settings["padding"]:
