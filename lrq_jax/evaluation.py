@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from lrq_jax.data import Batch, EvalData, Preprocessing, batches
 from lrq_jax.sharding import split_batch
@@ -31,7 +32,8 @@ def evaluate(forwards: dict[str, Forward], data: EvalData, preprocessing: Prepro
 
     Args:
       forwards: name -> pure function of images `[B, H, W, C]` to logits `[B, K]`; the first is
-        the one agreement is measured against.
+        the one agreement is measured against. Arrays bound by a `jax.tree_util.Partial` become
+        arguments of the compiled program; those closed over become its constants.
       data: labelled images.
       preprocessing: what the networks expect.
       num_classes: K; a label beyond it is an error.
@@ -43,12 +45,14 @@ def evaluate(forwards: dict[str, Forward], data: EvalData, preprocessing: Prepro
     """
     devices = mesh.devices.size
     batch_size = -(-batch_size // devices) * devices
-    programs = {name: jax.jit(forward) for name, forward in forwards.items()}
+    program = jax.jit(lambda forward, images: forward(images))
+    partials = {name: Partial(forward) for name, forward in forwards.items()}
     tally = Tally(tuple(forwards), data.name, num_classes)
     for batch in batches(data, preprocessing, batch_size=batch_size):
         pixels = jax.device_put(batch.images, split_batch(mesh))
         tally.add(
-            {name: jax.device_get(program(pixels)) for name, program in programs.items()}, batch
+            {name: jax.device_get(program(forward, pixels)) for name, forward in partials.items()},
+            batch,
         )
     return tally.result()
 

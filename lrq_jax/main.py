@@ -24,7 +24,7 @@ from lrq_jax.paths import cache_directory
 from lrq_jax.quantize import load_eval_data, prepare, quantize, step_spec, summary
 from lrq_jax.readers.store import load_teacher
 from lrq_jax.sharding import data_mesh
-from lrq_jax.training.loop import TrainingDiverged
+from lrq_jax.training.errors import TrainingDiverged
 
 REFUSED = 2
 """Exit code when nothing was started because the input cannot be used."""

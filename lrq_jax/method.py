@@ -134,7 +134,8 @@ class Method:
         value = getattr(self, name)
         if not minimum <= value <= maximum or value == math.inf:  # also refuses NaN
             wanted = "finite" if maximum == math.inf else f"at most {maximum:.6g}"
-            raise ValueError(f"method.{name}: found {value}, expected at least {minimum}, {wanted}")
+            field = name if name == "steps" else f"method.{name}"  # as the config has them
+            raise ValueError(f"{field}: found {value}, expected at least {minimum}, {wanted}")
 
 
 def lrq(*, large_images: bool) -> Method:

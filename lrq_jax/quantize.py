@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.tree_util import Partial
 
 from lrq_jax import __version__
 from lrq_jax.config import RunSettings
@@ -90,10 +91,11 @@ def check_data(data: EvalData, teacher: Teacher) -> None:
             f"data {data.name!r}: found label {data.largest_label}, expected less than the "
             f"{classes} classes of the teacher; is it the right dataset for this teacher?"
         )
-    if data.class_names is not None and len(data.class_names) > classes:
+    if data.class_names is not None and len(data.class_names) != classes:
         raise ValueError(
-            f"data {data.name!r}: found {len(data.class_names)} classes, expected the {classes} of "
-            "the teacher; is it the right dataset for this teacher?"
+            f"data {data.name!r}: found {len(data.class_names)} named classes, expected the "
+            f"{classes} of the teacher, since names are numbered in alphabetical order; where some "
+            "classes have no images, name the folders by class number or write a labels.csv"
         )
     image, _ = data.source[0]
     try:
@@ -189,17 +191,23 @@ def _evaluate(job: Job, variables: Any) -> dict[str, Accuracy]:
         return {}
     graph, mesh = teacher.graph, spec.mesh
     floats = put_replicated(teacher.variables, mesh)
+    teacher_forward = Partial(
+        lambda variables, images: float_logits(graph, variables, images), floats
+    )
     if spec.student.is_integer:
         student, codes, _ = load_student(job.run.student)
         frozen = put_replicated(frozen_from_codes(codes), mesh)
-        forward = lambda images: frozen_logits(student, frozen, images)  # noqa: E731
+        forward = Partial(lambda frozen, images: frozen_logits(student, frozen, images), frozen)
     else:
-        forward = lambda images: student_forward(  # noqa: E731
-            spec.student, variables, images, (graph.output,)
-        )[graph.output]
+        forward = Partial(
+            lambda variables, images: student_forward(
+                spec.student, variables, images, (graph.output,)
+            )[graph.output],
+            variables,
+        )
     say(f"evaluating {data.num_examples} images of {data.name} ...")
     return evaluate(
-        {"teacher": lambda images: float_logits(graph, floats, images), "student": forward},
+        {"teacher": teacher_forward, "student": forward},
         data,
         teacher.preprocessing,
         num_classes=graph.num_classes,

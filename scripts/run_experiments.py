@@ -52,6 +52,7 @@ SUITES = {
         "configs/digits.py",
         {
             **{f"W4A4 seed {seed}": [f"--config.seed={seed}"] for seed in (0, 1, 2)},
+            "W4A4 ranges only": ["--config.steps=0"],
             "W3A3 seed 0": ["--config.student.weight_bits=3", "--config.student.act_bits=3"],
         },
     ),

@@ -1,6 +1,7 @@
 """The host loop: resuming, killing, diverging, the pool of noise images."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from lrq_jax.quantize import prepare, quantize, step_spec
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training import noise_pool
 from lrq_jax.training.compilation import put_replicated
-from lrq_jax.training.loop import TrainingDiverged
+from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.writers.codes import load_student
 
 REPOSITORY = Path(__file__).parents[1]
@@ -71,8 +72,10 @@ def test_a_killed_run_ends_with_the_codes_of_an_undisturbed_one(tmp_path):
 
     process = start(tmp_path / "killed")
     metrics = tmp_path / "killed" / "metrics.jsonl"
+    checkpoints = tmp_path / "killed" / "checkpoints"
     deadline = time.monotonic() + 600
-    while not (metrics.exists() and '"phase": "training"' in metrics.read_text()):
+    # Warm-up ends at step 6: a state of step 8 or later holds a trained student, its optimizer ...
+    while not any(int(p.name) >= 8 for p in checkpoints.glob("*") if p.name.isdigit()):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -83,7 +86,7 @@ def test_a_killed_run_ends_with_the_codes_of_an_undisturbed_one(tmp_path):
     resumed = start(tmp_path / "killed")
     output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, output
-    assert "resuming after step" in output
+    assert int(re.search(r"resuming after step (\d+)", output)[1]) >= 8
     assert_same_codes(tmp_path / "whole", tmp_path / "killed")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     numbers = [line["step"] for line in lines]
@@ -104,6 +107,31 @@ def test_a_diverging_run_names_step_terms_and_checkpoint(teacher, tmp_path):
     assert "student/loss" in message
     assert str(tmp_path / "run" / "checkpoints" / "2") in message
     assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_an_update_that_overflows_is_not_kept(teacher, tmp_path):
+    """The losses of its step are those before it: only the state shows it."""
+    settings = tiny_settings(
+        student_optimizer="sgd",
+        student_learning_rate=1e38,
+        gradient_clip=1e30,
+        student_schedule="constant",
+        steps=1,
+    )
+    settings = RunSettings(**{**vars(settings), "log_every": 1, "checkpoint_every": 1})
+    with pytest.raises(TrainingDiverged, match=r"arrays are not finite, the first .*student") as e:
+        quantize(prepare(teacher, settings, None, tmp_path / "run"))
+    named = Path(re.search(r"last good checkpoint: (\S+);", str(e.value))[1])
+    assert named.is_dir()
+    kept = sorted(int(p.name) for p in named.parent.glob("*") if p.name.isdigit())
+    assert kept[-1] == int(named.name)
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_diverging_pool_says_so(teacher, tmp_path):
+    settings = tiny_settings(images="noise", noise_learning_rate=1e30)
+    with pytest.raises(TrainingDiverged, match=r"loss is not finite at iteration \d+: .*lower"):
+        quantize(prepare(teacher, settings, None, tmp_path / "run"))
 
 
 def test_an_interrupted_pool_is_finished_with_the_same_images(teacher, tmp_path, monkeypatch):

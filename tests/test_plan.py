@@ -204,7 +204,7 @@ def test_logits_stay_float_whatever_is_overridden():
 def test_overrides_that_match_no_layer_are_refused(entry):
     """A batch norm inside an operation makes no tensor of its own; names match by case."""
     with pytest.raises(
-        ValueError, match=r"overrides: found .* match no layer of 'residual'.*conv1"
+        ValueError, match=r"overrides: found .* change nothing in 'residual'.*conv1"
     ):
         plan_quantization(residual(), QuantSpec(overrides=("conv1=w6", entry)))
 

@@ -3,7 +3,7 @@
 Codes are integers held in float32: every product and sum below is exact there (or cut into
 pieces that are), so CPU, GPU and TPU give the same codes. The one function `execute` serves
 training (gradients pass straight through every rounding), calibration and evaluation of frozen
-codes; `docs` of each operation state the formula it must equal.
+codes; the docstring of each operation states the formula it must equal.
 """
 
 from __future__ import annotations

@@ -141,7 +141,8 @@ def plan_quantization(graph: Graph, spec: QuantSpec) -> tuple[Operation, ...]:
             pattern, weights, outputs = _parse_override(entry)
             names = {layer.name, output}
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                matched.add(entry)
+                if (weights and weight_bits) or (outputs and output_bits):
+                    matched.add(entry)
                 weight_bits = weights if weight_bits and weights else weight_bits
                 output_bits = outputs if output_bits and outputs else output_bits
         operations.append(
@@ -157,8 +158,8 @@ def plan_quantization(graph: Graph, spec: QuantSpec) -> tuple[Operation, ...]:
     unmatched = [entry for entry in spec.overrides if entry not in matched]
     if unmatched:
         raise ValueError(
-            f"overrides: found {unmatched}, which match no layer of {graph.name!r}; expected "
-            f"patterns over {[operation.layer.name for operation in operations]}"
+            f"overrides: found {unmatched}, which change nothing in {graph.name!r}: no such layer, "
+            "or one without weights (w) or without codes of its own (a); expected patterns over {[operation.layer.name for operation in operations]}"
         )
     return tuple(operations)
 

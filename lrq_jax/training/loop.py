@@ -19,15 +19,12 @@ from lrq_jax.run_directory import RunDirectory
 from lrq_jax.synthesis.generator import generate
 from lrq_jax.training import steps
 from lrq_jax.training.compilation import compile_step, put_replicated, steps_per_dispatch
+from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.noise_pool import Pool, synthesize_pool
 from lrq_jax.training.steps import StepSpec, TrainState
 
 STUDENT_LOSS = "student/loss"
 _GRID_IMAGES = 40
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss stopped being finite; the message names step, terms and last good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,8 +98,7 @@ class TrainingLoop:
             try:
                 for phase in phases(self._spec):
                     state = self._run_phase(phase, state, checkpoints)
-                final = int(state.step)
-                checkpoints.save(final, state, self._recent_loss)
+                self._save("the last step", int(state.step), state, checkpoints)
                 self._write_images(state)
             finally:
                 self._run.close()
@@ -144,10 +140,24 @@ class TrainingLoop:
                 if due(self._settings.images_every) and done < phase.stop:
                     self._write_images(state)
                 if due(self._settings.checkpoint_every):
-                    checkpoints.save(done, state, self._recent_loss)
+                    self._save(phase.name, done, state, checkpoints)
                     clock = self._add_time(phase.name, clock)
         self._add_time(phase.name, clock)
         return state
+
+    def _save(self, phase: str, done: int, state: TrainState, checkpoints: TrainingCheckpoints) -> None:  # fmt: skip
+        """Saves a state after a look at its arrays: losses are those before the last update."""
+        wrong = [
+            jax.tree_util.keystr(path)
+            for path, finite in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite(state)))
+            if not finite
+        ]
+        if wrong:
+            raise TrainingDiverged(
+                f"{phase}: after step {done} {len(wrong)} arrays are not finite, the first "
+                f"{wrong[0]}; {_way_out(checkpoints, self._run)}"
+            )
+        checkpoints.save(done, state, self._recent_loss)
 
     def _compile(self, phase: Phase, state: TrainState, arguments: tuple[Any, ...], count: int) -> Any:  # fmt: skip
         clock = time.monotonic()
@@ -188,10 +198,8 @@ class TrainingLoop:
             step = done - len(finite) + first
             terms = {name: float(v[first]) for name, v in stacked.items()}
             raise TrainingDiverged(
-                f"{phase.name}: a loss is not finite at step {step}: {terms}; last good "
-                f"checkpoint: {_checkpoint_name(checkpoints, self._run)}; lower "
-                "method.student_learning_rate or method.generator_learning_rate, or "
-                "method.gradient_clip, and start with another --workdir"
+                f"{phase.name}: a loss is not finite at step {step}: {terms}; "
+                f"{_way_out(checkpoints, self._run)}"
             )
         means = {name: float(v.mean()) for name, v in stacked.items()}
         if STUDENT_LOSS in means:
@@ -229,6 +237,18 @@ def _due(before: int, done: int, stop: int) -> Callable[[int], bool]:
     return lambda every: done // every > before // every or done >= stop
 
 
-def _checkpoint_name(checkpoints: TrainingCheckpoints, run: RunDirectory) -> str:
+def _way_out(checkpoints: TrainingCheckpoints, run: RunDirectory) -> str:
     step = checkpoints.latest_step
-    return "none yet" if step is None else str(run.checkpoints / str(step))
+    last = "none yet" if step is None else str(run.checkpoints / str(step))
+    return (
+        f"last good checkpoint: {last}; lower method.student_learning_rate or "
+        "method.generator_learning_rate, or method.gradient_clip, and start with another --workdir"
+    )
+
+
+@jax.jit
+def _finite(state: TrainState) -> Any:
+    """Whether all entries of each array are finite, array by array."""
+    return jax.tree.map(
+        lambda x: jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else True, state
+    )

@@ -15,6 +15,7 @@ from lrq_jax.console import Progress, say
 from lrq_jax.losses.margin import Centers
 from lrq_jax.training import steps
 from lrq_jax.training.compilation import compile_step, put_replicated
+from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.steps import NoiseState, StepSpec
 
 _POOL_STREAM = 1
@@ -70,19 +71,30 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
 def _optimise(program: Any, state: NoiseState, teacher: Any, number: int, spec: StepSpec) -> NoiseState:  # fmt: skip
     iterations = spec.method.noise_iterations
     name = f"image synthesis, batch {number + 1}/{spec.method.noise_batches}"
+    pending: list[dict[str, jax.Array]] = []
     with Progress(name, start=0, stop=iterations) as progress:
         for done in range(1, iterations + 1):
             with jax.transfer_guard("disallow"):
                 state, metrics = program(state, teacher)
+            pending.append(metrics)
             if done % _REPORT_EVERY == 0 or done == iterations:
-                values = {k: float(v[-1]) for k, v in jax.device_get(metrics).items()}
-                if not all(np.isfinite(v) for v in values.values()):
-                    raise FloatingPointError(
-                        f"{name}: a loss is not finite by step {done}: {values}; finished batches "
-                        "are kept; lower method.noise_learning_rate"
-                    )
+                values = _checked(name, done, pending)
+                pending = []
                 progress.update(done, values)
     return state
+
+
+def _checked(name: str, done: int, pending: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """The latest metrics; stops the run if any of those since the last look is not finite."""
+    found = [{k: float(v[-1]) for k, v in m.items()} for m in jax.device_get(pending)]
+    for offset, values in enumerate(found):
+        if not all(np.isfinite(v) for v in values.values()):
+            raise TrainingDiverged(
+                f"{name}: a loss is not finite at iteration {done - len(found) + offset}: "
+                f"{values}; finished batches and checkpoints are kept; lower "
+                "method.noise_learning_rate and start with another --workdir"
+            )
+    return found[-1]
 
 
 def _save(path: Path, state: NoiseState, centers: Centers) -> None:

@@ -1,6 +1,6 @@
 """The training steps: top-level pure functions `(state, ..., *, spec) -> (state, metrics)`.
 
-Nothing here is jitted, sharded or donated; `training.compile` does that in one place.
+Nothing here is jitted, sharded or donated; `training.compilation` does that in one place.
 """
 
 from __future__ import annotations
