@@ -1,0 +1,1 @@
+"""Runtimes that execute the files written by `lrq_jax.writers`."""
