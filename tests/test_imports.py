@@ -22,7 +22,7 @@ ORDER = (
     ("readers", "method"),
     ("config", "evaluation"),
     ("run_directory", "writers"),
-    ("training",),
+    ("training", "runtimes"),
     ("quantize",),
     ("main",),
 )
@@ -32,7 +32,7 @@ ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}
 INDEPENDENT = {"ops", "graph", "sharding", "console", "paths", "losses", "synthesis", "data"}
 ALLOWED_FOR_INDEPENDENT = {"synthesis": {"ops"}, "losses": {"ops"}, "data": {"paths"}}
 
-NEVER = {"tensorflow", "torch", "keras", "onnx", "clu"}
+NEVER = {"tensorflow", "torch", "keras", "onnx", "ai_edge_litert", "clu"}
 # Imported by the function that needs them: a run that does not read images this way, or a user
 # of the library without them, never pays.
 LAZY = {"tensorflow_datasets", "sklearn", "ml_collections", "PIL", "tensorboardX"}

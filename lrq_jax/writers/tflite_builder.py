@@ -60,18 +60,19 @@ class TFLiteBuilder:
         self.codes: dict[str, int] = {}
         self._constants: dict[tuple, int] = {}
 
-    def tensor(self, name: str, shape: Sequence[int], dtype: str, *, zero: int | None = None) -> int:
+    def tensor(self, name: str, shape: Sequence[int], dtype: str,
+               meaning: tuple[np.float32, int] | None = None) -> int:  # fmt: skip
         """A tensor that an operator makes or the caller gives.
 
         Args:
           name: unique.
           shape: the batch left out.
           dtype: numpy's name.
-          zero: of int8 codes: the one of 0.0. Their scale is 1, the step of the codes.
+          meaning: of int8 codes: scale, and the one of 0.0.
         """
-        whole = (self.batch, *shape)
-        scales = None if zero is None else np.ones(1, np.float32)
-        return self._add(name, whole, dtype, 0, scales, zero or 0)
+        scale, zero = meaning or (None, 0)
+        scales = None if scale is None else np.asarray([scale], np.float32)
+        return self._add(name, (self.batch, *shape), dtype, 0, scales, zero)
 
     def constant(self, name: str, value: np.ndarray, *, scale: np.ndarray | None = None,
                  zero: int = 0, axis: int = 0) -> int:  # fmt: skip
@@ -205,7 +206,7 @@ def _aligned_buffer(module: Any) -> type:
     schema asks for 16."""
 
     class AlignedBuffer(module.BufferT):
-        def Pack(self, builder: Any) -> int:  # noqa: N802 (a method of the generated class)
+        def Pack(self, builder: Any) -> int:  # the name in the generated class
             data = None
             if self.data is not None:
                 content = self.data.tobytes()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrq_jax.graph import INPUT
+from lrq_jax.graph import layers as L
 from lrq_jax.passes import Student
 from lrq_jax.passes.plan import Operation
 from lrq_jax.quantizers.affine import AffineParameters, quantize, top_code
@@ -23,6 +24,21 @@ def codes_name(tensor: str) -> str:
     return f"{tensor}.codes"
 
 
+def unit_tensors(student: Student) -> set[str]:
+    """Tensors whose scale in the file must be 1, so that float operators read integers: what a
+    global pool or the logits sum up; and inputs of layers with weights that make such ones,
+    since their multiplier would not be exact otherwise."""
+    operations, origins, units = student.operations, student.origins, set()
+    for operation in reversed(operations):
+        reads_integers = isinstance(operation.layer, L.GlobalPool) or (
+            operation.has_weights
+            and (operation.output_bits is None or origins[operation.output] in units)
+        )
+        if reads_integers:
+            units.add(origins[operation.inputs[0]])
+    return units
+
+
 class CodesWriter:
     """Knows the student's numbers, and where in the file each tensor is."""
 
@@ -32,6 +48,7 @@ class CodesWriter:
         self.node = self.builder.node
         self.codes: dict[str, int] = {}  # our tensor -> tensor of int8 codes in the file
         self.zeros: dict[str, int] = {}  # our tensor -> the int8 of 0.0
+        self.units = unit_tensors(student)  # origins whose scale in the file is 1
         self.logits = -1
         self._floats: dict[str, int] = {}
 
@@ -45,6 +62,15 @@ class CodesWriter:
         """float32 scale and (as a Python integer) zero point of a tensor's codes."""
         stored = self.stored["tensors"][self.student.origins[tensor]]
         return AffineParameters(np.float32(stored["scale"]), int(stored["zero_point"]))
+
+    def unit(self, tensor: str) -> np.float32:
+        """Scale of a tensor's codes in the file: its own, or 1."""
+        origin = self.student.origins[tensor]
+        return np.float32(1) if origin in self.units else self.parameters(tensor).scale
+
+    def meaning(self, tensor: str) -> tuple[np.float32, int]:
+        """Scale of a written tensor's codes in the file, and the int8 of 0.0."""
+        return self.unit(tensor), self.zeros[tensor]
 
     def bits(self, tensor: str) -> int:
         """Of a tensor's codes."""
@@ -68,26 +94,31 @@ class CodesWriter:
     def integer_weights(self, operation: Operation, transpose: Callable[[np.ndarray], np.ndarray],
                         axis: int) -> list[int]:  # fmt: skip
         """int8 weights, laid out by `transpose` with output channels along `axis`, and int32 bias
-        of an operation that makes codes, under the multiplier `s_x*s_w/s_y`."""
+        of an operation that makes codes. From them XNNPACK computes the multiplier
+        `s_x*s_w/s_y`, in this order and in float32, whichever of `s_x` and `s_y` are 1."""
         name, constant = operation.layer.name, self.builder.constant
+        source, output = operation.inputs[0], operation.output
         centred, bias, scale = self.weights(operation)
-        ends = [self.parameters(tensor) for tensor in (operation.inputs[0], operation.output)]
-        multiplier = ends[0].scale * scale / ends[1].scale
+        x, y = self.parameters(source).scale, self.parameters(output).scale
+        multiplier = x * scale / y
+        if self.unit(source) == 1 != x:
+            scale = multiplier if self.unit(output) == 1 else x * scale
         # A channel without weights makes one code whatever its multiplier: the bias becomes it.
         empty = ~centred.reshape(-1, centred.shape[-1]).any(axis=0)
         code = np.rint(np.clip(bias.astype(np.float32) * multiplier, -255, 255))
-        bias, multiplier = np.where(empty, code, bias), np.where(empty, 1, multiplier)
+        bias = np.where(empty, code, bias)
+        scale = np.where(empty, self.unit(output) / self.unit(source), scale).astype(np.float32)
+        multiplier = np.where(empty, 1, multiplier)
         if not (multiplier < LARGEST_MULTIPLIER).all():
             raise ValueError(
                 f"layer {name!r}: found a factor of {multiplier.max():g} from accumulators to "
                 f"codes, expected less than {LARGEST_MULTIPLIER:g}; the range of its output is "
                 "too narrow for this runtime: calibrate on other images"
             )
-        scales = multiplier.astype(np.float32)
         weights = transpose(centred).astype(np.int8)
         return [
-            constant(f"{name}.weight", weights, scale=scales, axis=axis),
-            constant(f"{name}.bias", bias.astype(np.int32), scale=scales),
+            constant(f"{name}.weight", weights, scale=scale, axis=axis),
+            constant(f"{name}.bias", bias.astype(np.int32), scale=self.unit(source) * scale),
         ]
 
     # --- pieces ---
@@ -105,34 +136,42 @@ class CodesWriter:
         """An operator that makes a float tensor."""
         return self.node(kind, inputs, self.builder.tensor(name, shape, "float32"), **options)
 
-    def centred(self, tensor: str) -> int:
-        """Float tensor of codes minus zero point."""
-        name = f"{tensor}.centred"
+    def dequantized(self, tensor: str) -> int:
+        """Float tensor of codes beside the zero point, times `unit(tensor)`."""
+        name = f"{tensor}.dequantized"
         if name not in self._floats:
             inputs = [self.codes[tensor]]
             self._floats[name] = self.floats("DEQUANTIZE", inputs, name, self.shape(tensor))
         return self._floats[name]
 
+    def centred(self, tensor: str) -> int:
+        """Float tensor of codes beside the zero point: integers."""
+        if self.unit(tensor) != 1:
+            raise AssertionError(f"tensor {tensor!r} is not in units of its codes")
+        return self.dequantized(tensor)
+
     def real(self, tensor: str) -> int:
         """Float tensor of real values."""
-        name = f"{tensor}.real"
+        name, scale = f"{tensor}.real", self.parameters(tensor).scale
+        if self.unit(tensor) == scale:
+            return self.dequantized(tensor)
         if name not in self._floats:
-            scale = self.numbers(f"{tensor}.scale", self.parameters(tensor).scale)
-            inputs = [self.centred(tensor), scale]
+            inputs = [self.dequantized(tensor), self.numbers(f"{tensor}.scale", scale)]
             self._floats[name] = self.floats("MUL", inputs, name, self.shape(tensor))
         return self._floats[name]
 
     def moved(self, tensor: str, origin: str, kind: str, inputs: Sequence[int], **options: Any) -> None:  # fmt: skip
         """Makes a tensor of the same codes as `origin`'s, elsewhere."""
-        zero = self.zeros[origin]
-        made = self.builder.tensor(codes_name(tensor), self.shape(tensor), "int8", zero=zero)
+        self.zeros[tensor] = self.zeros[origin]
+        name, shape = codes_name(tensor), self.shape(tensor)
+        made = self.builder.tensor(name, shape, "int8", self.meaning(tensor))
         self.codes[tensor] = self.node(kind, inputs, made, **options)
-        self.zeros[tensor] = zero
 
-    def reshaped(self, source: int, name: str, shape: Sequence[int], zero: int) -> int:
+    def reshaped(self, source: int, name: str, shape: Sequence[int],
+                 meaning: tuple[np.float32, int]) -> int:  # fmt: skip
         """int8 values as the batch and then `shape`."""
         wanted = np.asarray([-1, *shape], np.int32)
-        made = self.builder.tensor(name, shape, "int8", zero=zero)
+        made = self.builder.tensor(name, shape, "int8", meaning)
         inputs = [source, self.integers(f"{name}.shape", wanted)]
         return self.node("RESHAPE", inputs, made, newShape=wanted)
 
@@ -147,21 +186,24 @@ class CodesWriter:
           shape: which they are made in, if it is not the tensor's own.
         """
         zero_point, top = self.parameters(tensor).zero_point, top_code(self.bits(tensor))
-        name, builder = codes_name(tensor), self.builder
+        name, builder, unit = codes_name(tensor), self.builder, self.unit(tensor)
         shape = self.shape(tensor) if shape is None else shape
         zero = 127 - top + zero_point  # so that int8 saturates at the top code
         if zero_point == 0 or top == 255:
-            made = builder.tensor(name, shape, "int8", zero=zero)
+            made = builder.tensor(name, shape, "int8", (unit, zero))
             make(made, "RELU" if top < 255 else "NONE")
         else:
-            unclipped = builder.tensor(f"{tensor}.unclipped", shape, "int8", zero=zero)
+            unclipped = builder.tensor(f"{tensor}.unclipped", shape, "int8", (unit, zero))
             make(unclipped, "NONE")
             zero = zero_point - 128  # so that it saturates at code 0
-            made = self.node("QUANTIZE", [unclipped], builder.tensor(name, shape, "int8", zero=zero))
+            made = builder.tensor(name, shape, "int8", (unit, zero))
+            self.node("QUANTIZE", [unclipped], made)
         self.codes[tensor], self.zeros[tensor] = made, zero
 
     def rounded_codes(self, tensor: str, kind: str, inputs: Sequence[int]) -> None:
-        """Makes a tensor's codes by rounding what an operator makes in units of its scale."""
+        """Makes a tensor's codes by rounding what an operator makes in units of its scale. From
+        here on the tensor's scale in the file is 1: `QUANTIZE` multiplies by its inverse."""
+        self.units.add(tensor)
 
         def make(codes: int, activation: str) -> None:
             name, shape = f"{tensor}.steps", self.shape(tensor)
@@ -181,13 +223,13 @@ class CodesWriter:
     def looked_up(self, tensor: str, source: int, first_rows: int, table: np.ndarray) -> None:
         """Makes the codes `table[source + first_rows]`."""
         shape, builder = self.shape(tensor), self.builder
-        zero = self.parameters(tensor).zero_point - 128
+        unit, zero = self.unit(tensor), self.parameters(tensor).zero_point - 128
         wide = self.node("CAST", [source], builder.tensor(f"{tensor}.int32", shape, "int32"))
         rows = builder.tensor(f"{tensor}.rows", shape, "int32")
         self.node("ADD", [wide, first_rows], rows)
         int8 = (np.asarray(table, np.int32) - 128).astype(np.int8)
-        stored = builder.constant(f"{tensor}.table", int8, scale=np.ones(1, np.float32), zero=zero)
-        made = builder.tensor(codes_name(tensor), shape, "int8", zero=zero)
+        stored = builder.constant(f"{tensor}.table", int8, scale=unit.reshape(1), zero=zero)
+        made = builder.tensor(codes_name(tensor), shape, "int8", (unit, zero))
         self.codes[tensor], self.zeros[tensor] = self.node("GATHER", [stored, rows], made), zero
 
     # --- the image ---

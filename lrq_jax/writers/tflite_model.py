@@ -1,12 +1,15 @@
 """A finished integer student as a .tflite file whose XNNPACK kernels give our very codes.
 
-Every tensor of codes is int8 with scale 1: its unit is its own step. Then
+Every tensor of codes is int8. Its scale in the file is its own, or 1: the unit is its own step.
 
-* a convolution's weights carry the scale `M = s_x*s_w/s_y` itself, and XNNPACK, which multiplies
-  the int32 accumulator by `1*M/1` in float32 and rounds half to even, computes our formula;
-* `DEQUANTIZE` gives exact integers, so that what has no exact integer kernel is computed by float
-  operators in the order of `passes.integer_forward`: sums and products of two tensors, pools,
-  the logits.
+* XNNPACK multiplies a convolution's int32 accumulator by `s_x*s_w/s_y`, computed in float32 in this
+  order, and rounds half to even: our formula. Where `s_x` is 1 in the file, the weights' scale
+  carries it.
+* From tensors with scale 1 `DEQUANTIZE` gives exact integers, so that what has no exact integer
+  kernel is computed by float operators in the order of `passes.integer_forward`: products of two
+  tensors, pools, the logits.
+* A sum of two tensors is XNNPACK's int8 addition, if that is proved to give our codes for every
+  pair of input codes, and float operators under proved constants elsewhere (`sum_constants`).
 
 Codes below 8 bits are clipped by int8's own ends: stored so that the highest code is 127, they
 saturate at the top, and a fused ReLU stops them at the code of 0.0. Where 0.0 is not code 0, a
@@ -35,8 +38,9 @@ from lrq_jax.passes.float_forward import window_counts
 from lrq_jax.passes.integer_forward import QuantizedTensor
 from lrq_jax.passes.plan import Operation
 from lrq_jax.quantizers.affine import AffineParameters, top_code
-from lrq_jax.writers.sum_constants import sum_constants
+from lrq_jax.writers.sum_constants import Sum, int8_sum_is_ours, sum_constants
 from lrq_jax.writers.tflite_codes import CodesWriter, codes_name
+from lrq_jax.writers.tflite_windows import padded, sliced, window_padding
 
 INPUTS = ("float", "uint8")
 LOGITS = "logits"
@@ -113,8 +117,8 @@ def _conv(layer: L.Conv, operation: Operation, writer: CodesWriter) -> None:
     (source,) = operation.inputs
     *size, channels = writer.shape(source)
     reach = [d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-    padding, amounts = _padding(layer, size, reach)
-    image = _padded(source, layer.name, amounts, writer) if amounts else writer.codes[source]
+    padding, amounts = window_padding(layer, size, reach)
+    image = padded(source, layer.name, amounts, writer) if amounts else writer.codes[source]
     options = {
         "padding": padding,
         **dict(zip(("strideH", "strideW"), layer.strides, strict=True)),
@@ -134,9 +138,10 @@ def _batch_norm(layer: L.BatchNorm, operation: Operation, writer: CodesWriter) -
     """A depthwise convolution of one exact tap; a vector passes as an image of one pixel."""
     (source,) = operation.inputs
     *size, channels = writer.shape(source)
-    image, zero = writer.codes[source], writer.zeros[source]
+    image = writer.codes[source]
     if not size:
-        image = writer.reshaped(image, f"{layer.name}.pixel", (1, 1, channels), zero)
+        pixel = (1, 1, channels)
+        image = writer.reshaped(image, f"{layer.name}.pixel", pixel, writer.meaning(source))
     weights = writer.integer_weights(operation, lambda w: w.reshape(1, 1, 1, -1), 3)
     _weighted(
         "DEPTHWISE_CONV_2D", operation, [image, *weights], writer, (*(size or (1, 1)), channels),
@@ -144,10 +149,9 @@ def _batch_norm(layer: L.BatchNorm, operation: Operation, writer: CodesWriter) -
     )  # fmt: skip
     if not size:
         output = operation.output
-        vector = writer.reshaped(
-            writer.codes[output], f"{output}.vector", (channels,), writer.zeros[output]
+        writer.codes[output] = writer.reshaped(
+            writer.codes[output], f"{output}.vector", (channels,), writer.meaning(output)
         )
-        writer.codes[output] = vector
 
 
 @_write.register
@@ -202,49 +206,13 @@ def _write_logits(layer: L.Dense, operation: Operation, writer: CodesWriter) -> 
 # --- windows -------------------------------------------------------------------------------------
 
 
-def _padding(layer: L.Conv | L.MaxPool, size: Sequence[int], reach: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:  # fmt: skip
-    """The runtime's name of the layer's padding, and what to pad by hand before it."""
-    same, amounts = [], []
-    for n, width, stride, (before, after) in zip(
-        size, reach, layer.strides, layer.padding, strict=True
-    ):
-        outputs = (n + before + after - width) // stride + 1
-        read = max((outputs - 1) * stride + width - n - before, 0)  # of `after`; the rest never is
-        total = max((math.ceil(n / stride) - 1) * stride + width - n, 0)
-        same.append(
-            outputs == math.ceil(n / stride) and (before, read) == (total // 2, -(-total // 2))
-        )
-        amounts.append((before, read))
-    if all(same):
-        return "SAME", []
-    return "VALID", amounts if any(map(any, amounts)) else []
-
-
-def _padded(tensor: str, name: str, amounts: Sequence[tuple[int, int]], writer: CodesWriter, *,
-            lowest: bool = False) -> int:  # fmt: skip
-    """An image's codes with codes of 0.0 (or the lowest code) around, by height and width."""
-    pairs = [(0, 0), *amounts, (0, 0)]
-    shape = [n + sum(pair) for n, pair in zip(writer.shape(tensor), pairs[1:], strict=True)]
-    zero = writer.zeros[tensor]
-    made = writer.builder.tensor(f"{name}.padded", shape, "int8", zero=zero)
-    inputs = [writer.codes[tensor], writer.integers(f"{name}.amounts", pairs)]
-    zero_point = writer.parameters(tensor).zero_point
-    if not lowest or zero_point == 0:
-        return writer.node("PAD", inputs, made)
-    value = np.full(1, zero - zero_point, np.int8)
-    inputs.append(
-        writer.builder.constant(f"{name}.value", value, scale=np.ones(1, np.float32), zero=zero)
-    )
-    return writer.node("PADV2", inputs, made)
-
-
 @_write.register
 def _max_pool(layer: L.MaxPool, operation: Operation, writer: CodesWriter) -> None:
     (source,) = operation.inputs
-    padding, amounts = _padding(layer, writer.shape(source)[:2], layer.window)
+    padding, amounts = window_padding(layer, writer.shape(source)[:2], layer.window)
     image = writer.codes[source]
     if amounts:
-        image = _padded(source, layer.name, amounts, writer, lowest=True)
+        image = padded(source, layer.name, amounts, writer, lowest=True)
     writer.moved(
         operation.output, source, "MAX_POOL_2D", [image], padding=padding,
         strideH=layer.strides[0], strideW=layer.strides[1],
@@ -269,7 +237,7 @@ def _avg_pool(layer: L.AvgPool, operation: Operation, writer: CodesWriter) -> No
                 start + (n - 1) * stride + 1
                 for start, n, stride in zip((row, column), shape, layer.strides, strict=False)
             ]
-            tap = _sliced(image, at, shape, (row, column, 0), (*ends, shape[2]),
+            tap = sliced(image, at, shape, (row, column, 0), (*ends, shape[2]),
                           (*layer.strides, 1), writer)  # fmt: skip
             total = tap if total is None else writer.floats("ADD", [total, tap], f"{at}.sum", shape)
     counts = np.asarray(window_counts(layer, writer.shape(source)), np.float32)
@@ -285,17 +253,6 @@ def _avg_pool(layer: L.AvgPool, operation: Operation, writer: CodesWriter) -> No
     steps = writer.floats("DIV", inputs, f"{name}.from_zero", shape)
     inputs = [steps, writer.numbers(f"{name}.zero_point", zero_point)]
     writer.rounded_with_zero_point(output, writer.floats("ADD", inputs, f"{name}.whole", shape))
-
-
-def _sliced(source: int, name: str, shape: Sequence[int], begin: Sequence[int],
-            end: Sequence[int], step: Sequence[int], writer: CodesWriter) -> int:  # fmt: skip
-    constants = [
-        writer.integers(f"{name}.{end_name}", [first, *values])
-        for end_name, first, values in (("begin", 0, begin), ("end", 0, end), ("step", 1, step))
-    ]
-    return writer.floats(
-        "STRIDED_SLICE", [source, *constants], name, shape, beginMask=1, endMask=1
-    )  # the masks: all of the batch
 
 
 @_write.register
@@ -321,35 +278,46 @@ def _global_pool(layer: L.GlobalPool, operation: Operation, writer: CodesWriter)
 
 @_write.register
 def _add(layer: L.Add, operation: Operation, writer: CodesWriter) -> None:
-    """Plain products and sums under constants that are proved to give our codes."""
+    """int8 if that gives our codes, else float under constants that do; both proved."""
     output, name = operation.output, layer.name
-    first, second = layer.inputs
     a, b = (
         QuantizedTensor(None, AffineParameters(*map(jnp.float32, writer.parameters(tensor))),
                         writer.bits(tensor))
         for tensor in layer.inputs
     )  # fmt: skip
     c = AffineParameters(*map(jnp.float32, writer.parameters(output)))
-    found = sum_constants(a, b, c, writer.bits(output))
+    addition = Sum(a, b, c, writer.bits(output))
+    own_scales = all(
+        writer.unit(tensor) == writer.parameters(tensor).scale for tensor in (*layer.inputs, output)
+    )
+    if own_scales and int8_sum_is_ours(addition):
+        inputs = [writer.codes[tensor] for tensor in layer.inputs]
+        writer.new_codes(
+            output,
+            lambda codes, activation: writer.node("ADD", inputs, codes, activation=activation),
+        )
+        return
+    found = sum_constants(addition, tuple(map(writer.unit, layer.inputs)))
     if found is None:
         raise ValueError(
-            f"layer {name!r}: found no constants with which float32 operators add codes as we do, "
+            f"layer {name!r}: found no constants with which float operators add codes as we do, "
             "expected some; override the bits of its output to 7 or fewer, or calibrate again"
         )
 
-    def node(kind: str, source: int, part: str, value: Any, shape_of: str) -> int:
-        constant = writer.numbers(f"{name}.{part}.constant", value)
-        return writer.floats(kind, [source, constant], f"{name}.{part}", writer.shape(shape_of))
+    def scaled(kind: str, source: int, part: str, value: Any) -> int:
+        inputs = [source, writer.numbers(f"{name}.{part}.constant", value)]
+        return writer.floats(kind, inputs, f"{name}.{part}", writer.shape(output))
 
-    left, right = writer.centred(first), writer.centred(second)
-    if found.offset is not None:
-        left = node("ADD", left, "first.codes", a.parameters.zero_point, first)
-    left = node("MUL", left, "first", found.first, first)
-    right = node("MUL", right, "second", found.second, second)
+    left, right = (
+        scaled("MUL", writer.dequantized(tensor), part, factor)
+        for tensor, part, factor in zip(
+            layer.inputs, ("first", "second"), (found.first, found.second), strict=True
+        )
+    )
     if found.offset is None:
         writer.rounded_codes(output, "ADD", [left, right])
         return
-    right = node("ADD", right, "second.offset", found.offset, second)
+    right = scaled("ADD", right, "second.offset", found.offset)
     total = writer.floats("ADD", [left, right], f"{name}.sum", writer.shape(output))
     writer.rounded_with_zero_point(output, total)
 
@@ -359,8 +327,7 @@ def _multiply(layer: L.Multiply, operation: Operation, writer: CodesWriter) -> N
     inputs = [writer.real(tensor) for tensor in layer.inputs]
     shape, output = writer.shape(operation.output), operation.output
     product = writer.floats("MUL", inputs, f"{layer.name}.product", shape)
-    scale = writer.numbers(f"{output}.scale", writer.parameters(output).scale)
-    writer.rounded_codes(output, "DIV", [product, scale])
+    _divided(output, product, writer)
 
 
 @_write.register
@@ -368,8 +335,12 @@ def _concat(layer: L.Concat, operation: Operation, writer: CodesWriter) -> None:
     inputs = [writer.real(tensor) for tensor in layer.inputs]
     shape, output = writer.shape(operation.output), operation.output
     joined = writer.floats("CONCATENATION", inputs, f"{layer.name}.joined", shape, axis=3)
+    _divided(output, joined, writer)
+
+
+def _divided(output: str, real: int, writer: CodesWriter) -> None:
     scale = writer.numbers(f"{output}.scale", writer.parameters(output).scale)
-    writer.rounded_codes(output, "DIV", [joined, scale])
+    writer.rounded_codes(output, "DIV", [real, scale])
 
 
 @_write.register
@@ -410,23 +381,27 @@ def _slice(layer: L.Slice, operation: Operation, writer: CodesWriter) -> None:
 @_write.register
 @_write.register(L.Unflatten)
 def _flatten(layer: L.Flatten, operation: Operation, writer: CodesWriter) -> None:
-    (source,), output, zeros = operation.inputs, operation.output, writer.zeros
-    shape = writer.shape(output)
-    codes = writer.reshaped(writer.codes[source], codes_name(output), shape, zeros[source])
-    writer.codes[output], zeros[output] = codes, zeros[source]
+    (source,), output = operation.inputs, operation.output
+    writer.zeros[output] = writer.zeros[source]
+    writer.codes[output] = writer.reshaped(
+        writer.codes[source], codes_name(output), writer.shape(output), writer.meaning(source)
+    )
 
 
 @_write.register
 def _channel_shuffle(layer: L.ChannelShuffle, operation: Operation, writer: CodesWriter) -> None:
-    (source,), output, zeros = operation.inputs, operation.output, writer.zeros
+    (source,), output = operation.inputs, operation.output
     *size, channels = writer.shape(source)
-    split = [math.prod(size), layer.groups, channels // layer.groups]
-    parts = writer.reshaped(writer.codes[source], f"{layer.name}.split", split, zeros[source])
+    split, meaning = (
+        [math.prod(size), layer.groups, channels // layer.groups],
+        writer.meaning(source),
+    )
+    parts = writer.reshaped(writer.codes[source], f"{layer.name}.split", split, meaning)
     dealt = writer.builder.tensor(
-        f"{layer.name}.dealt", [split[0], split[2], split[1]], "int8", zero=zeros[source]
+        f"{layer.name}.dealt", [split[0], split[2], split[1]], "int8", meaning
     )
     order = writer.integers(f"{layer.name}.order", [0, 1, 3, 2])
     writer.node("TRANSPOSE", [parts, order], dealt)
+    writer.zeros[output] = writer.zeros[source]
     shape = writer.shape(output)
-    writer.codes[output] = writer.reshaped(dealt, codes_name(output), shape, zeros[source])
-    zeros[output] = zeros[source]
+    writer.codes[output] = writer.reshaped(dealt, codes_name(output), shape, meaning)
