@@ -40,7 +40,7 @@ from lrq_jax.passes.plan import Operation
 from lrq_jax.quantizers.affine import AffineParameters, top_code
 from lrq_jax.writers.sum_constants import Sum, int8_sum_is_ours, sum_constants
 from lrq_jax.writers.tflite_codes import CodesWriter, codes_name
-from lrq_jax.writers.tflite_windows import padded, sliced, window_padding
+from lrq_jax.writers.tflite_windows import padded, window_padding, window_sum
 
 INPUTS = ("float", "uint8")
 LOGITS = "logits"
@@ -222,24 +222,10 @@ def _max_pool(layer: L.MaxPool, operation: Operation, writer: CodesWriter) -> No
 
 @_write.register
 def _avg_pool(layer: L.AvgPool, operation: Operation, writer: CodesWriter) -> None:
-    """The window's taps as slices, added up one by one: the order of the sum is ours."""
+    """A float sum in our order, over the count, over the scale."""
     (source,), output, name = operation.inputs, operation.output, layer.name
-    shape, image = writer.shape(output), writer.real(source)
-    padded = [n + sum(pair) for n, pair in zip(writer.shape(source), layer.padding, strict=False)]
-    if any(map(any, layer.padding)):
-        amounts = writer.integers(f"{name}.amounts", [(0, 0), *layer.padding, (0, 0)])
-        image = writer.floats("PAD", [image, amounts], f"{name}.padded", (*padded, shape[2]))
-    total = None
-    for row in range(layer.window[0]):
-        for column in range(layer.window[1]):
-            at = f"{name}.{row}.{column}"
-            ends = [
-                start + (n - 1) * stride + 1
-                for start, n, stride in zip((row, column), shape, layer.strides, strict=False)
-            ]
-            tap = sliced(image, at, shape, (row, column, 0), (*ends, shape[2]),
-                          (*layer.strides, 1), writer)  # fmt: skip
-            total = tap if total is None else writer.floats("ADD", [total, tap], f"{at}.sum", shape)
+    shape = writer.shape(output)
+    total = window_sum(layer, source, shape, writer)
     counts = np.asarray(window_counts(layer, writer.shape(source)), np.float32)
     counts = np.broadcast_to(counts, (1, *shape[:2], 1)) if counts.ndim else counts.reshape(1)
     mean = writer.floats(

@@ -1,7 +1,8 @@
-"""Windows over images in a .tflite file: its two names of padding, and taps as slices."""
+"""Windows over images in a .tflite file: padding by its two names or by hand, and sums."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -45,12 +46,31 @@ def padded(tensor: str, name: str, amounts: Sequence[tuple[int, int]], writer: C
     return writer.node("PADV2", inputs, made)
 
 
-def sliced(source: int, name: str, shape: Sequence[int], begin: Sequence[int],
-            end: Sequence[int], step: Sequence[int], writer: CodesWriter) -> int:  # fmt: skip
-    constants = [
-        writer.integers(f"{name}.{end_name}", [first, *values])
-        for end_name, first, values in (("begin", 0, begin), ("end", 0, end), ("step", 1, step))
-    ]
-    return writer.floats(
-        "STRIDED_SLICE", [source, *constants], name, shape, beginMask=1, endMask=1
-    )  # the masks: all of the batch
+def window_sum(layer: L.AvgPool, source: str, shape: Sequence[int], writer: CodesWriter) -> int:
+    """Float sums `shape` of a tensor's real values over each window, tap by tap in row order."""
+    name, image = layer.name, writer.real(source)
+    *size, channels = writer.shape(source)
+    if any(map(any, layer.padding)):
+        size = [n + sum(pair) for n, pair in zip(size, layer.padding, strict=True)]
+        amounts = writer.integers(f"{name}.amounts", [(0, 0), *layer.padding, (0, 0)])
+        image = writer.floats("PAD", [image, amounts], f"{name}.padded", (*size, channels))
+    total = None
+    for tap in itertools.product(*map(range, layer.window)):
+        at = f"{name}.{tap[0]}.{tap[1]}"
+        ends = [
+            first + (n - 1) * stride + 1
+            for first, n, stride in zip(tap, shape, layer.strides, strict=False)
+        ]
+        limits = {
+            "begin": [0, *tap, 0],
+            "end": [0, *ends, channels],
+            "step": [1, *layer.strides, 1],
+        }
+        inputs = [image, *(writer.integers(f"{at}.{end}", value) for end, value in limits.items())]
+        masks = {"beginMask": 1, "endMask": 1}  # all of the batch
+        values = writer.floats("STRIDED_SLICE", inputs, at, shape, **masks)
+        if total is None:
+            total = values
+        else:
+            total = writer.floats("ADD", [total, values], f"{at}.sum", shape)
+    return total
