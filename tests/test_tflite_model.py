@@ -45,6 +45,23 @@ def test_every_code_and_logit_is_ours(build, bits):
     assert_all_ours(student, codes, file, random_images(7, batch=32), batch=32)
 
 
+def test_signed_codes_of_few_bits_are_clipped_at_both_ends():
+    """Convolution outputs before a sum at 5 bits, and images beyond the calibrated range."""
+    student, variables, _ = calibrated(GRAPHS[0], 4)
+    student = dataclasses.replace(
+        student, spec=dataclasses.replace(student.spec, boundary_bits=5), input_range=(-6.0, 7.5)
+    )
+    codes = student_codes(student, variables)
+    file = tflite_model(student, codes, metadata={})
+    images = 3 * random_images(7, batch=16)
+    ours = our_results(student, codes, images)
+    convolutions = [op.output for op in student.operations if op.activation is None][:2]
+    for name in convolutions:
+        assert codes["tensors"][name]["zero_point"] > 0
+        assert {0, 31} <= set(np.unique(ours[name]).astype(int))
+    assert_all_ours(student, codes, file, images, batch=16)
+
+
 def operators(file):
     """(operator, types of its inputs) of a file."""
     schema = tflite_builder.schema()
