@@ -2,11 +2,14 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrq_jax.graph import GraphBuilder
+from lrq_jax.graph import INPUT, GraphBuilder
 from lrq_jax.passes import QuantSpec, Student, calibrate, freeze
+from lrq_jax.passes.integer_forward import integer_forward
+from lrq_jax.writers.codes import frozen_from_codes
 
 
 def resnet_like():
@@ -124,3 +127,19 @@ def calibrated(build, bits, policy="U"):
     for seed in (1, 2):
         _, variables = calibrate(student, variables, random_images(seed))
     return student, variables, freeze(student, variables)
+
+
+def our_results(student, codes, images):
+    """Codes of every tensor and the logits, from the codes as they are stored."""
+    frozen = frozen_from_codes(codes)
+    names = [INPUT, *(op.output for op in student.operations)]
+    found = jax.jit(
+        lambda frozen, images: integer_forward(
+            student.operations, frozen, images, names, input_bits=student.spec.boundary_bits
+        )
+    )(frozen, images)
+    results = {"logits": np.asarray(found.pop(student.graph.output))}
+    for name, real in found.items():
+        tensor = codes["tensors"][student.origins[name]]
+        results[name] = np.rint(np.asarray(real) / tensor["scale"]) + tensor["zero_point"]
+    return results

@@ -2,15 +2,13 @@
 
 import collections
 
-import jax
 import numpy as np
 import pytest
-from small_networks import GRAPHS, calibrated, random_images
+from small_networks import GRAPHS, calibrated, our_results, random_images
 
 from lrq_jax.graph import INPUT, GraphBuilder
 from lrq_jax.passes import QuantSpec, Student
-from lrq_jax.passes.integer_forward import integer_forward
-from lrq_jax.writers.codes import frozen_from_codes, student_codes
+from lrq_jax.writers.codes import student_codes
 from lrq_jax.writers.onnx_model import onnx_model
 from lrq_jax.writers.onnx_writer import LOGITS, codes_name
 
@@ -38,22 +36,6 @@ def with_codes(model, tensors):
             onnx.helper.make_tensor_value_info(codes_name(tensor), onnx.TensorProto.UINT8, None)
         )
     return changed
-
-
-def our_results(student, codes, images):
-    """Codes of every tensor and the logits, from the codes as they are stored."""
-    frozen = frozen_from_codes(codes)
-    names = [INPUT, *(op.output for op in student.operations)]
-    found = jax.jit(
-        lambda frozen, images: integer_forward(
-            student.operations, frozen, images, names, input_bits=student.spec.boundary_bits
-        )
-    )(frozen, images)
-    results = {LOGITS: np.asarray(found.pop(student.graph.output))}
-    for name, real in found.items():
-        tensor = codes["tensors"][student.origins[name]]
-        results[name] = np.rint(np.asarray(real) / tensor["scale"]) + tensor["zero_point"]
-    return results
 
 
 def channels_last(x):

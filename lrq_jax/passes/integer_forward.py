@@ -252,17 +252,11 @@ def _computed_once(codes: jax.Array) -> jax.Array:
     return lax.rem(codes.astype(jnp.uint32), jnp.uint32(257)).astype(jnp.float32)
 
 
-@_run.register
-def _add(layer: L.Add, operation: Operation, source: Source, clip_mask: bool, a: QuantizedTensor,
-         b: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
-    """`clip(rint(fma(a, s_a/s_c, fma(b, s_b/s_c, off))))`, `off = z_c - fma(s_a/s_c, z_a,
-    s_b/s_c * z_b)`: ONNX Runtime's order, in which 4e-6 of outputs depend on the fma."""
-    bits = operation.output_bits
-    parameters = source.tensor(
-        operation.output,
-        bits,
-        lambda: _activate(operation, a.centred * a.scale + b.centred * b.scale),
-    )
+def sum_of_codes(a: QuantizedTensor, b: QuantizedTensor, parameters: AffineParameters,
+                 bits: int) -> jax.Array:  # fmt: skip
+    """Codes of `a + b` under the output's parameters: `clip(rint(fma(a, s_a/s_c, fma(b, s_b/s_c,
+    off))))`, `off = z_c - fma(s_a/s_c, z_a, s_b/s_c * z_b)`: ONNX Runtime's order, in which 4e-6
+    of outputs depend on the fma."""
     ratio_a, ratio_b = divide(a.scale, parameters.scale), divide(b.scale, parameters.scale)
     offset = parameters.zero_point - fused_multiply_add(
         a.parameters.zero_point,
@@ -270,7 +264,21 @@ def _add(layer: L.Add, operation: Operation, source: Source, clip_mask: bool, a:
         fused_multiply_add(b.parameters.zero_point, ratio_b, jnp.float32(0)),
     )
     exact = fused_multiply_add(a.codes, ratio_a, fused_multiply_add(b.codes, ratio_b, offset))
-    exact = _computed_once(jnp.clip(jnp.rint(exact), 0, top_code(bits)))
+    return jnp.clip(jnp.rint(exact), 0, top_code(bits))
+
+
+@_run.register
+def _add(layer: L.Add, operation: Operation, source: Source, clip_mask: bool, a: QuantizedTensor,
+         b: QuantizedTensor) -> QuantizedTensor:  # fmt: skip
+    """See `sum_of_codes`."""
+    bits = operation.output_bits
+    parameters = source.tensor(
+        operation.output,
+        bits,
+        lambda: _activate(operation, a.centred * a.scale + b.centred * b.scale),
+    )
+    exact = _computed_once(sum_of_codes(a, b, parameters, bits))
+    ratio_a, ratio_b = divide(a.scale, parameters.scale), divide(b.scale, parameters.scale)
     value = a.centred * ratio_a + b.centred * ratio_b
     codes = straight_through(exact, _surrogate(operation, value, parameters, clip_mask))
     return QuantizedTensor(codes, parameters, bits)
