@@ -22,6 +22,7 @@ from lrq_jax.evaluation import Accuracy, Tally
 from lrq_jax.export import FILES, STUDENT
 from lrq_jax.runtimes import Reference, Runner
 from lrq_jax.runtimes.jax_exported import JaxExportRunner
+from lrq_jax.runtimes.litert import LiteRTRunner
 from lrq_jax.runtimes.onnx_runtime import OnnxRunner
 from lrq_jax.writers.codes import is_student, load_student
 from lrq_jax.writers.extras import require
@@ -35,7 +36,7 @@ def evaluate_model(model: str | Path, data: EvalData, *, runtimes: tuple[str, ..
     Args:
       model: an export, a student directory, or an exported ONNX file.
       data: labelled images.
-      runtimes: some of `jax`, `jaxexport`, `onnxruntime`; None takes all the model has files for.
+      runtimes: some of `jax`, `jaxexport`, `litert`, `onnxruntime`; None takes all the model has files for.
       batch_size: images a call.
 
     Raises:
@@ -68,7 +69,11 @@ def _runners(model: Path) -> tuple[Preprocessing, int, dict[str, Callable[[], Ru
     directory = model if is_student(model) else model / STUDENT
     student, codes, preprocessing = load_student(directory)
     makers: dict[str, Callable[[], Runner]] = {Reference.name: lambda: Reference(student, codes)}
-    for target, runner in (("onnx", OnnxRunner), ("jax", JaxExportRunner)):
+    for target, runner in (
+        ("onnx", OnnxRunner),
+        ("jax", JaxExportRunner),
+        ("litert", LiteRTRunner),
+    ):
         if (path := model / FILES[target]).exists():
             makers[runner.name] = lambda runner=runner, path=path: runner(path)
     return preprocessing, student.graph.num_classes, makers

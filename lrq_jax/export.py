@@ -1,12 +1,13 @@
 """Export a finished student as files that integer runtimes execute.
 
-    python -m lrq_jax.export --run runs/latest --out exported [--targets onnx,jax]
+    python -m lrq_jax.export --run runs/latest --out exported [--targets onnx,jax,litert]
 
 Writes, beside a report and a model card:
 
     student/           integer codes and scales (orbax) with their graph: the reference
     model.onnx         onnx: quantize-dequantize form, opset 21
     model.jaxexport    jax: one serialized function for CPU, CUDA and TPU
+    model.tflite       litert: int8, for LiteRT's XNNPACK kernels
 
 `python -m lrq_jax.verify OUT` then proves that they compute the same integers.
 """
@@ -36,9 +37,10 @@ from lrq_jax.writers.codes import load_student
 from lrq_jax.writers.jax_export import jax_export
 from lrq_jax.writers.model_card import model_card
 from lrq_jax.writers.onnx_model import INPUTS, WEIGHT_STORAGES, onnx_model, require_integer
+from lrq_jax.writers.tflite_model import tflite_model
 
 STUDENT, CARD = "student", "README.md"
-FILES = {"onnx": "model.onnx", "jax": "model.jaxexport"}
+FILES = {"onnx": "model.onnx", "jax": "model.jaxexport", "litert": "model.tflite"}
 """Target -> file; the orbax directory `student/` is always written, as the others' reference."""
 
 LARGEST_PAIR = 2**15 - 1
@@ -56,7 +58,7 @@ def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] =
       targets: keys of `FILES`.
       weight_storage: of the ONNX file, `uint4` (two codes a byte) or `int8`.
       batch: images a call; None for any number.
-      input_kind: of the ONNX file: `float`, normalised images; `uint8`, raw pixels.
+      input_kind: of the ONNX and LiteRT files: `float`, normalised images; `uint8`, raw pixels.
       overwrite: replace an earlier export at `out`.
 
     Raises:
@@ -133,27 +135,40 @@ def target_bytes(target: str, student: Student, codes: dict[str, Any],
     """The file of one target."""
     if target == "jax":
         return jax_export(student, codes, batch=options["batch"])
+    if target == "litert":
+        return tflite_model(
+            student,
+            codes,
+            metadata=_metadata(student, preprocessing, options),
+            input_kind=options["input_kind"],
+            table=lambda pixels: normalise(pixels, preprocessing),
+            batch=options["batch"] or 1,
+        )
     return onnx_proto(student, codes, preprocessing, options).SerializeToString()
 
 
 def onnx_proto(student: Student, codes: dict[str, Any], preprocessing: Preprocessing,
                options: dict[str, Any]) -> Any:  # fmt: skip
     """The ONNX model an export with these options holds."""
-    metadata = {
-        "version": __version__,
-        "options": options,
-        "preprocessing": vars(preprocessing),
-        "num_classes": student.graph.num_classes,
-    }
     return onnx_model(
         student,
         codes,
-        metadata=metadata,
+        metadata=_metadata(student, preprocessing, options),
         weight_storage=options["weight_storage"],
         input_kind=options["input_kind"],
         table=lambda pixels: normalise(pixels, preprocessing),
         batch=options["batch"],
     )
+
+
+def _metadata(student: Student, preprocessing: Preprocessing, options: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """What a file says of itself, so that it can be evaluated alone."""
+    return {
+        "version": __version__,
+        "options": options,
+        "preprocessing": vars(preprocessing),
+        "num_classes": student.graph.num_classes,
+    }
 
 
 def layer_table(student: Student, codes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -213,7 +228,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weight-storage", choices=WEIGHT_STORAGES, default="uint4")
     parser.add_argument("--batch", default="dynamic", help="images a call: a number, or dynamic")
     parser.add_argument(
-        "--input", choices=INPUTS, default="float", help="of model.onnx: normalised or raw images"
+        "--input",
+        choices=INPUTS,
+        default="float",
+        help="of model.onnx and model.tflite: normalised or raw images",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return parser

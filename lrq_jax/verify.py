@@ -1,6 +1,6 @@
 """Prove that an export's files compute the same integers.
 
-    python -m lrq_jax.verify DIR [--data IMAGES] [--runtime onnxruntime,jaxexport,openvino]
+    python -m lrq_jax.verify DIR [--data IMAGES] [--runtime onnxruntime,litert,openvino]
 
 The codes in DIR/student, executed by JAX, are the reference. Exact runtimes must give identical
 logits on every image; the constants in an ONNX file must be the reference's to the last bit. Exits 1
@@ -30,6 +30,7 @@ from lrq_jax.passes import Student
 from lrq_jax.run_directory import REPORT
 from lrq_jax.runtimes import Reference, Runner
 from lrq_jax.runtimes.jax_exported import JaxExportRunner
+from lrq_jax.runtimes.litert import LiteRTRunner
 from lrq_jax.runtimes.onnx_runtime import OnnxRunner
 from lrq_jax.runtimes.openvino import OpenVinoRunner
 from lrq_jax.writers.codes import load_student
@@ -39,6 +40,7 @@ from lrq_jax.writers.onnx_difference import first_difference
 RUNTIMES: dict[str, tuple[str, Callable[..., Runner]]] = {
     OnnxRunner.name: (FILES["onnx"], OnnxRunner),
     JaxExportRunner.name: (FILES["jax"], JaxExportRunner),
+    LiteRTRunner.name: (FILES["litert"], LiteRTRunner),
     OpenVinoRunner.name: (FILES["onnx"], OpenVinoRunner),
 }
 """Runtime -> (file it runs, runner)."""

@@ -64,8 +64,11 @@ def test_an_export_is_what_it_was_made_of(exported):
 @pytest.mark.parametrize("settings", [
     {"input_kind": "uint8", "targets": ("onnx",)},
     {"weight_storage": "uint4", "batch": 3, "targets": ("onnx", "jax")},
+    {"targets": ("onnx", "litert")},
 ])  # fmt: skip
 def test_other_forms_verify_too(settings, run, tmp_path):
+    if "litert" in settings["targets"]:
+        pytest.importorskip("ai_edge_litert")
     export.export_student(run, tmp_path / "out", **settings)
     verdicts = verify.verify(tmp_path / "out")
     assert len(verdicts) == 1 + len(settings["targets"])

@@ -35,7 +35,7 @@ from lrq_jax.passes.integer_forward import (
     fused_multiply_add,
     integer_forward,
 )
-from lrq_jax.passes.student import frozen_logits, quantize_weights
+from lrq_jax.passes.student import activation_tables, frozen_logits, quantize_weights
 from lrq_jax.quantizers.affine import AffineParameters
 
 f32 = np.float32
@@ -265,7 +265,8 @@ def with_other_scales(student, frozen, seed):
         )
         for name, value in frozen["weights"].items()
     }
-    return {"weights": weights, "tensors": tensors}
+    tables = activation_tables(student, tensors)
+    return {"weights": weights, "tensors": tensors, "tables": tables}
 
 
 def tied_images(frozen, seed, batch=8):

@@ -95,7 +95,7 @@ def _frozen_source(frozen: dict[str, Any]) -> Source:
     return Source(
         weights=lambda operation, _: frozen["weights"][operation.layer.name],
         tensor=lambda name, bits, real: frozen["tensors"][name],
-        table=lambda operation: frozen["tables"][operation.output],
+        table=lambda operation: frozen.get("tables", {}).get(operation.output),
     )
 
 

@@ -240,16 +240,35 @@ def freeze(student: Student, variables: Variables) -> dict[str, Any]:
         )
     tensors = _frozen_tensors(student, variables)
     source = _training_source(student, variables)
-    weights, tables = {}, {}
+    weights = {
+        op.layer.name: source.weights(op, tensors[student.origins[op.inputs[0]]].scale)
+        for op in student.operations
+        if op.has_weights
+    }
+    tables = activation_tables(student, tensors)
+    return {"weights": weights, "tensors": tensors, "tables": tables}
+
+
+def activation_tables(student: Student, tensors: dict[str, AffineParameters]) -> dict[str, jax.Array]:  # fmt: skip
+    """For each activation on its own, by the tensor it makes: the code of every input code.
+
+    Args:
+      student: whose operations they are.
+      tensors: parameters of every tensor with codes of its own.
+    """
+
+    def no_weights(operation: Operation, scale: jax.Array) -> QuantizedWeights:
+        raise TypeError(f"{operation.output}: an activation has no weights")
+
+    source = Source(weights=no_weights, tensor=lambda name, bits, real: tensors[name])
+    tables = {}
     for operation in student.operations:
-        origin = student.origins[operation.inputs[0]]
-        if operation.has_weights:
-            weights[operation.layer.name] = source.weights(operation, tensors[origin].scale)
         if isinstance(operation.layer, L.Activation):
+            origin = student.origins[operation.inputs[0]]
             tables[operation.output] = activation_table(
                 operation, source, tensors[origin], student.code_bits[origin]
             )
-    return {"weights": weights, "tensors": tensors, "tables": tables}
+    return tables
 
 
 def frozen_logits(student: Student, frozen: dict[str, Any], images: jax.Array) -> jax.Array:

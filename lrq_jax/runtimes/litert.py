@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class LiteRTModel:
     Attributes:
       metadata: what was written into the file.
       batch: images a call of the runtime; `run` takes any number.
+      tensors: names of all tensors in the file.
     """
 
     def __init__(self, file: str | Path | bytes, *, threads: int = 1, batch: int | None = None,
@@ -45,6 +47,7 @@ class LiteRTModel:
             )
         model = schema().ModelT.InitFromPackedBuf(content)
         self.metadata = _metadata(model)
+        self.tensors = {tensor.name.decode() for tensor in model.subgraphs[0].tensors}
         self._names = tuple(codes)
         if self._names:
             content = _with_outputs(model, [codes_name(name) for name in self._names])
@@ -57,6 +60,11 @@ class LiteRTModel:
             self._interpreter.resize_tensor_input(self._input["index"], shape)
         self._interpreter.allocate_tensors()
         self._outputs = self._interpreter.get_output_details()
+
+    @property
+    def input_kind(self) -> str:
+        """`float`, normalised images, or `uint8`, raw pixels."""
+        return "uint8" if np.dtype(self._input["dtype"]) == np.uint8 else "float"
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Logits `[N, classes]` of images `[N, H, W, C]` in the file's kind of input."""
@@ -90,6 +98,35 @@ class LiteRTModel:
             for parts, detail in zip(results, self._outputs, strict=True):
                 parts.append(self._interpreter.get_tensor(detail["index"])[:count])
         return [np.concatenate(parts) for parts in results]
+
+
+class LiteRTRunner:
+    """The interface of all runtimes over `LiteRTModel`."""
+
+    name: ClassVar[str] = "litert"
+    exact: ClassVar[bool] = True
+
+    def __init__(self, file: str | Path, *, threads: int = 1) -> None:
+        self._file, self._threads = Path(file), threads
+        try:
+            self._model = LiteRTModel(self._file, threads=threads)
+        except ImportError:
+            raise
+        except Exception as error:  # flatbuffers and the runtime raise classes of their own
+            raise ValueError(f"{self._file.name}: LiteRT cannot load it: {error}") from error
+        self.input_kind = self._model.input_kind
+        self.version = importlib.metadata.version("ai-edge-litert")
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Logits `[B, K]` of images `[B, H, W, C]`, normalised or raw as `input_kind` says."""
+        return self._model.run(images)
+
+    def codes(self, images: np.ndarray, tensors: Sequence[str]) -> dict[str, np.ndarray]:
+        """uint8 codes of tensors; those the file does not hold are left out."""
+        held = self._model.tensors
+        wanted = [name for name in tensors if codes_name(name) in held]
+        model = LiteRTModel(self._file, threads=self._threads, codes=wanted)
+        return {n: c.astype(np.uint8) for n, c in model.run_with_codes(images)[1].items()}
 
 
 def _metadata(model: Any) -> dict[str, Any]:
