@@ -39,7 +39,7 @@ NEVER = {"tensorflow", "torch", "keras", "clu"}
 # Imported by the function that needs them: a run that does not read images this way, or a user
 # of the library without them, never pays.
 LAZY = {
-    "PIL", "ai_edge_litert", "flatbuffers", "h5py", "ml_collections", "onnx", "onnxruntime", "openvino", "sklearn", "tensorboardX",
+    "PIL", "ai_edge_litert", "h5py", "ml_collections", "onnx", "onnxruntime", "openvino", "sklearn", "tensorboardX",
     "tensorflow_datasets",
 }  # fmt: skip
 MAY_IMPORT_AT_TOP = {"main": {"ml_collections"}}
