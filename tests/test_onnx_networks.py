@@ -84,6 +84,8 @@ def made(network):
             module.momentum = None
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, 0, 0.2)
+        if isinstance(module, torch.nn.Conv2d) and module.bias is not None:
+            torch.nn.init.normal_(module.bias, 0, 0.1)  # zeros would be read as no bias
     model.train()
     with torch.no_grad():
         model(torch.randn(8, 3, NETWORKS[network], NETWORKS[network]))
