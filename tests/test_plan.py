@@ -200,9 +200,11 @@ def test_logits_stay_float_whatever_is_overridden():
     assert plan["block_relu2"][1] is None
 
 
-@pytest.mark.parametrize("entry", ["stage9_*=w4", "block_bn1=a8", "CONV1=w4", f"{INPUT}=a4"])
-def test_overrides_that_match_no_layer_are_refused(entry):
-    """A batch norm inside an operation makes no tensor of its own; names match by case."""
+@pytest.mark.parametrize(
+    "entry", ["stage9_*=w4", "block_bn1=a8", "CONV1=w4", f"{INPUT}=a4", "classifier=a4"]
+)
+def test_overrides_that_change_nothing_are_refused(entry):
+    """Logits have no codes; a batch norm inside an operation makes no tensor of its own; names match by case."""
     with pytest.raises(
         ValueError, match=r"overrides: found .* change nothing in 'residual'.*conv1"
     ):

@@ -159,7 +159,8 @@ def plan_quantization(graph: Graph, spec: QuantSpec) -> tuple[Operation, ...]:
     if unmatched:
         raise ValueError(
             f"overrides: found {unmatched}, which change nothing in {graph.name!r}: no such layer, "
-            "or one without weights (w) or without codes of its own (a); expected patterns over {[operation.layer.name for operation in operations]}"
+            "or one without weights (w) or without codes of its own (a); expected patterns over "
+            f"{[operation.layer.name for operation in operations]}"
         )
     return tuple(operations)
 
