@@ -80,7 +80,7 @@ def test_integers_are_stored_as_integers(integer, saved):
     student, _ = integer
     _, codes = saved
     bits = {op.layer.name: op.weight_bits for op in plan_quantization(student.graph, student.spec)}
-    assert set(codes) == {"weights", "tensors"}
+    assert set(codes) == {"weights", "tensors", "tables"}
     assert set(codes["weights"]) == {name for name, b in bits.items() if b}
     for name, layer in codes["weights"].items():
         types = {part: np.asarray(array).dtype.name for part, array in layer.items()}

@@ -22,7 +22,7 @@ FIRING = {"ama_lower": 1.9}
 """A hinge that is sure to fire: from the first step on the margin has a gradient."""
 
 
-def tiny_settings(**method):
+def tiny_settings(*, steps=3, **method):
     """Settings of a few steps on the digits teacher; `method` overrides fields of the Method."""
     config = base_config()
     tiny = {
@@ -38,7 +38,7 @@ def tiny_settings(**method):
     }
     for name, value in {**tiny, **method}.items():
         config.method[name] = value
-    config.steps = 3
+    config.steps = steps
     return resolve(config, image_size=8)
 
 
