@@ -56,6 +56,7 @@ class Method:
     dkd_beta: float = 8.0  # weight of dkd's non-target part
     temperature: float = 1.0  # T of either distillation
     kd_reduction: str = "batch_mean"  # batch_mean | element_mean (GDFQ's code)
+    average_decay: float = 0.0  # of the student's weights; their average ships; 0: the last ones do
     # --- optimisers ---
     student_optimizer: str = "sgd"  # sgd (nesterov) | adam
     student_learning_rate: float = 1e-4
@@ -110,7 +111,8 @@ class Method:
                      "step_size_learning_rate", "generator_learning_rate", "noise_learning_rate",
                      "noise_smallest_rate", "adam_epsilon"):  # fmt: skip
             self._check(name, minimum=1e-12)
-        for name in ("student_momentum", "generator_beta1"):  # at 1 an average never moves
+        for name in ("student_momentum", "generator_beta1", "average_decay"):
+            # at 1 an average never moves
             self._check(name, minimum=0, maximum=0.9999)
         for name in ("noise_lowest_target", "noise_augment_probability"):
             self._check(name, minimum=0, maximum=1)

@@ -24,7 +24,7 @@ from lrq_jax.sharding import data_mesh
 from lrq_jax.synthesis.generator import GeneratorSpec
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.loop import TrainingLoop
-from lrq_jax.training.steps import StepSpec
+from lrq_jax.training.steps import StepSpec, final_student
 from lrq_jax.writers.codes import frozen_from_codes, load_student, save_student
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -162,13 +162,13 @@ def quantize(job: Job) -> dict[str, Any]:
     jax.config.update("jax_default_matmul_precision", settings.precision)
 
     loop = TrainingLoop(spec, job.teacher, settings, run)
-    state = loop.run()
+    student = final_student(loop.run(), spec=spec)
 
     clock = time.monotonic()
     save_student(
         run.student,
         spec.student,
-        state.student,
+        student,
         preprocessing=job.teacher.preprocessing,
         provenance={
             "teacher_sha256": job.config["teacher_sha256"],
@@ -177,7 +177,7 @@ def quantize(job: Job) -> dict[str, Any]:
             "versions": versions(),
         },
     )
-    accuracy = _evaluate(job, state.student)
+    accuracy = _evaluate(job, student)
     timings = {**loop.timings, "evaluation and export": time.monotonic() - clock}
     report = _report(job, accuracy, timings)
     run.write_report(report)

@@ -22,6 +22,7 @@ from lrq_jax.passes.float_forward import Variables
 from lrq_jax.sharding import constrain_batch
 from lrq_jax.synthesis.augmentation import random_resized_crop_flip
 from lrq_jax.synthesis.generator import GeneratorSpec, generate, init_generator
+from lrq_jax.training.averaging import Average, initial_average, update_average
 from lrq_jax.training.optimizers import (
     generator_optimizer,
     noise_optimizer,
@@ -64,6 +65,7 @@ class TrainState(NamedTuple):
     centers: Centers
     student: Variables
     student_opt: optax.OptState
+    average: Average
 
 
 class NoiseState(NamedTuple):
@@ -92,7 +94,15 @@ def initial_state(spec: StepSpec, teacher: Variables, seed: int) -> TrainState:
         centers=losses.initial_centers(graph.num_classes, graph.shapes[graph.features][0]),
         student=student,
         student_opt=student_optimizer(spec.method).init(spec.student.trainable(student)),
+        average=initial_average(spec.student.trainable(student), decay=spec.method.average_decay),
     )
+
+
+def final_student(state: TrainState, *, spec: StepSpec) -> Variables:
+    """The student that is evaluated and shipped: of averaged weights where the method asks."""
+    if not spec.method.average_decay or not int(state.average.updates):
+        return state.student
+    return spec.student.with_trainable(state.student, state.average.weights)
 
 
 # --- what the steps share -------------------------------------------------------------------
@@ -204,8 +214,13 @@ def _update_student(state: TrainState, images: jax.Array, labels: jax.Array,
     trainable = spec.student.trainable(state.student)
     grads, terms = gradient(trainable, state.student, images, labels, teacher_logits, spec=spec)
     updates, opt = student_optimizer(spec.method).update(grads, state.student_opt, trainable)
-    student = spec.student.with_trainable(state.student, optax.apply_updates(trainable, updates))
-    return state._replace(student=student, student_opt=opt), terms
+    trainable = optax.apply_updates(trainable, updates)
+    state = state._replace(
+        student=spec.student.with_trainable(state.student, trainable),
+        student_opt=opt,
+        average=update_average(state.average, trainable, decay=spec.method.average_decay),
+    )
+    return state, terms
 
 
 def _step_key(state: TrainState | NoiseState) -> jax.Array:
