@@ -15,6 +15,9 @@ from lrq_jax.graph import INPUT
 from lrq_jax.writers.extras import require
 from lrq_jax.writers.onnx_writer import LOGITS, codes_name
 
+WIDE_PAIRS = ("session.x64quantprecision", "1")
+"""The runtime's session option for products wider than int16 where there is no VNNI."""
+
 
 class OnnxRunner:
     """Runs a model of `writers.onnx_model` on the CPU.
@@ -22,6 +25,8 @@ class OnnxRunner:
     Args:
       model: a path, or the serialized file.
       threads: of the runtime; 0 takes what it likes.
+      wide_pairs: on x86 CPUs without VNNI, kernels that add no products in int16, where they
+        saturate; slower there, and the default elsewhere.
 
     Raises:
       ImportError: onnxruntime is missing; names the extra.
@@ -31,8 +36,10 @@ class OnnxRunner:
     name: ClassVar[str] = "onnxruntime"
     exact: ClassVar[bool] = True
 
-    def __init__(self, model: str | Path | bytes, *, threads: int = 0) -> None:
+    def __init__(self, model: str | Path | bytes, *, threads: int = 0,
+                 wide_pairs: bool = False) -> None:  # fmt: skip
         self._ort = require("onnxruntime", extra="onnx")
+        self._wide_pairs = wide_pairs
         self.version = self._ort.__version__
         self._model = model if isinstance(model, bytes) else Path(model).read_bytes()
         self._threads = threads
@@ -45,6 +52,8 @@ class OnnxRunner:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        if self._wide_pairs:
+            options.add_session_config_entry(*WIDE_PAIRS)
         if optimized:
             options.optimized_model_filepath = optimized
         try:
