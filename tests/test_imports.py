@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,21 @@ def test_the_core_imports_no_config_language(tmp_path):
     assert result.returncode == 0, result.stderr
     loaded = {name.split(".")[0] for name in json.loads(result.stdout)}
     assert not loaded & (NEVER | LAZY)
+
+
+def extras_named(tree):
+    """Values of every `extra="..."` in a call."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    words = (word for call in calls for word in call.keywords if word.arg == "extra")
+    return {word.value.value for word in words if isinstance(word.value, ast.Constant)}
+
+
+def test_every_extra_an_error_names_can_be_installed():
+    named = set().union(*(extras_named(ast.parse(path.read_text())) for path in modules()))
+    assert {"onnx", "litert", "openvino", "plot"} <= named
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    files = project["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
+    assert named <= set(files)
+    for extra in named:
+        for name in files[extra]["file"]:
+            assert (REPOSITORY / name).read_text().strip()
