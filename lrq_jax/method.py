@@ -111,8 +111,8 @@ class Method:
                      "step_size_learning_rate", "generator_learning_rate", "noise_learning_rate",
                      "noise_smallest_rate", "adam_epsilon"):  # fmt: skip
             self._check(name, minimum=1e-12)
+        # at 1 an average never moves
         for name in ("student_momentum", "generator_beta1", "average_decay"):
-            # at 1 an average never moves
             self._check(name, minimum=0, maximum=0.9999)
         for name in ("noise_lowest_target", "noise_augment_probability"):
             self._check(name, minimum=0, maximum=1)
