@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from typing import Any
 
-from lrq_jax.method import Method, preset
+from lrq_jax.method import Method
 from lrq_jax.passes.plan import QuantSpec
+from lrq_jax.presets import METHOD_FIELDS, preset
 from lrq_jax.quantizers.ranges import OBSERVERS
 
 if typing.TYPE_CHECKING:
@@ -63,18 +65,18 @@ def base_config() -> ConfigDict:
     """The embedded default: digits, W4A4, preset `lrq` with its published schedule."""
     from ml_collections import ConfigDict, config_dict
 
-    types = typing.get_type_hints(Method)
-    method = {"preset": "lrq"}
-    for field in dataclasses.fields(Method):
-        kind = typing.get_origin(types[field.name]) or types[field.name]
-        if field.name != "steps":
-            method[field.name] = config_dict.placeholder(kind)
+    def unset(owner: type, names: Iterable[str]) -> dict[str, Any]:
+        types = typing.get_type_hints(owner)
+        kinds = {name: typing.get_origin(types[name]) or types[name] for name in names}
+        return {name: config_dict.placeholder(kind) for name, kind in kinds.items()}
+
+    ours = [field.name for field in dataclasses.fields(Method) if field.name != "steps"]
     config = ConfigDict(
         {
             "teacher": {"path": "digits"},
             "data": {"name": "digits", "path": "", "split": "test"},
-            "student": dataclasses.asdict(QuantSpec()),
-            "method": method,
+            "student": {**dataclasses.asdict(QuantSpec()), **unset(QuantSpec, METHOD_FIELDS)},
+            "method": {"preset": "lrq", **unset(Method, ours)},
             "steps": config_dict.placeholder(int),
             "seed": 0,
             "precision": "highest",
@@ -140,10 +142,11 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
     base = preset(config.method.preset, image_size=image_size)
     if config.steps is not None:
         chosen["steps"] = config.steps
-    method = dataclasses.replace(base, **chosen)
+    method = dataclasses.replace(base.method, **chosen)
+    wanted = {name: value for name, value in config.student.items() if value is not None}
     try:
-        student = QuantSpec(
-            **{**config.student.to_dict(), "overrides": tuple(config.student.overrides)}
+        student = dataclasses.replace(
+            base.student, **{**wanted, "overrides": tuple(config.student.overrides)}
         )
     except ValueError as error:
         raise ValueError(f"student.{error}") from error

@@ -1,4 +1,4 @@
-"""A method is data: which images, which losses, which schedule. Presets are instances of it.
+"""A method is data: which images, which losses, which schedule. `presets` holds instances of it.
 
 Every method runs through the same steps and the same loop; a preset differs from another only
 in the values below. Sources are given per field; `[open]` marks a choice of ours where nothing
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 from lrq_jax.losses.distillation import REDUCTIONS
+from lrq_jax.losses.statistics import STATISTICS
+from lrq_jax.synthesis.augmentation import AUGMENTATIONS
 from lrq_jax.synthesis.generator import ATTENTION_PLACES, CONDITIONINGS
 
 IMAGE_SOURCES = ("generator", "noise")
+CALIBRATION_SOURCES = ("generator", "pool")
+NOISE_TARGETS = ("probability", "cross_entropy")
+NOISE_SCHEDULES = ("plateau", "cosine")
 STUDENT_LOSSES = ("dkd", "kd")
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("step", "cosine", "constant")
@@ -41,6 +45,7 @@ class Method:
     warmup_steps: int = 800  # generator alone
     calibration_start: int = 0  # activation ranges are updated from this step of the warm-up ...
     calibration_steps: int = 800  # ... for this many steps, then frozen
+    calibration_images: str = "generator"  # generator | pool (of noise images)
     # --- generator (synthesis) loss ---
     class_weight: float = 1.0  # cross-entropy of the teacher on its own synthetic images
     bns_weight: float = 0.1  # batch-norm statistics, with a generator
@@ -71,17 +76,24 @@ class Method:
     generator_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)
     adam_epsilon: float = 1e-8  # of every Adam
     gradient_clip: float = 10.0  # largest global norm of either gradient; the lineage has none
+    augmentation: str = "none"  # of the pool's images in training: none | crop_flip | shift_flip
     # --- noise images (images = noise) ---
     noise_batches: int = 20  # batches in the pool (released: 4 groups x 5)
     noise_batch_size: int = 256  # images a batch
     noise_iterations: int = 1000  # optimisation steps a batch
     noise_learning_rate: float = 0.5  # Adam
+    noise_beta1: float = 0.5  # Adam; beta2 is 0.999
+    noise_schedule: str = "plateau"  # plateau | cosine (to 0)
     noise_plateau_patience: int = 50  # iterations without improvement before x 0.1 ...
     noise_smallest_rate: float = 1e-4  # ... down to this learning rate
+    noise_statistics: str = "variance"  # batch-norm statistics: variance | relative (ours)
     noise_bns_weight: float = 1.0
+    noise_target: str = "probability"  # class loss: probability (squared error) | cross_entropy
+    noise_target_weight: float = 1.0
     noise_lowest_target: float = 0.5  # class probability targets: 1 or U(this, 1) [open]
+    noise_augmentation: str = "crop_flip"  # none | crop_flip | shift_flip
     noise_augment_probability: float = 0.5  # an iteration augments the batch with this probability
-    augment: bool = False  # random resized crop and flip of the student's images
+    noise_clip: bool = False  # pixels stay in the range of real ones
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -94,6 +106,12 @@ class Method:
             ("student_schedule", SCHEDULES),
             ("generator_schedule", SCHEDULES),
             ("ama_center", CENTERS),
+            ("calibration_images", CALIBRATION_SOURCES),
+            ("augmentation", tuple(AUGMENTATIONS)),
+            ("noise_schedule", NOISE_SCHEDULES),
+            ("noise_statistics", tuple(STATISTICS)),
+            ("noise_target", NOISE_TARGETS),
+            ("noise_augmentation", tuple(AUGMENTATIONS)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -105,14 +123,14 @@ class Method:
             self._check(name, minimum=1)
         for name in ("steps", "warmup_steps", "calibration_start", "class_weight", "bns_weight",
                      "ama_weight", "ce_weight", "distill_weight", "dkd_beta",
-                     "student_weight_decay", "noise_bns_weight"):  # fmt: skip
+                     "student_weight_decay", "noise_bns_weight", "noise_target_weight"):  # fmt: skip
             self._check(name, minimum=0)
         for name in ("temperature", "gradient_clip", "student_learning_rate",
                      "step_size_learning_rate", "generator_learning_rate", "noise_learning_rate",
                      "noise_smallest_rate", "adam_epsilon"):  # fmt: skip
             self._check(name, minimum=1e-12)
         # at 1 an average never moves
-        for name in ("student_momentum", "generator_beta1", "average_decay"):
+        for name in ("student_momentum", "generator_beta1", "noise_beta1", "average_decay"):
             self._check(name, minimum=0, maximum=0.9999)
         for name in ("noise_lowest_target", "noise_augment_probability"):
             self._check(name, minimum=0, maximum=1)
@@ -132,65 +150,14 @@ class Method:
                 "to end within the warm-up; lower calibration_steps or raise warmup_steps"
             )
 
+    @property
+    def trains_generator(self) -> bool:
+        """Whether any step needs the generator."""
+        return "generator" in (self.images, self.calibration_images)
+
     def _check(self, name: str, *, minimum: float, maximum: float = math.inf) -> None:
         value = getattr(self, name)
         if not minimum <= value <= maximum or value == math.inf:  # also refuses NaN
             wanted = "finite" if maximum == math.inf else f"at most {maximum:.6g}"
             field = name if name == "steps" else f"method.{name}"  # as the config has them
             raise ValueError(f"{field}: found {value}, expected at least {minimum}, {wanted}")
-
-
-def lrq(*, large_images: bool) -> Method:
-    """LRQ as the paper describes it: generator and student trained in turn."""
-    if not large_images:
-        return Method()
-    return Method(
-        conditioning="batch_norm",
-        batch_size=16,
-        warmup_steps=10_000,
-        student_learning_rate=1e-6,
-    )
-
-
-def lrq_released(*, large_images: bool) -> Method:
-    """LRQ as its code runs: the generator only sets ranges, the student trains on noise images."""
-    return dataclasses.replace(
-        lrq(large_images=large_images),
-        images="noise",
-        batch_size=16 if large_images else 256,
-        warmup_steps=800,
-        steps=30_200,
-        student_milestones=(20_000, 40_000, 70_000) if large_images else (4_000, 8_000, 12_000),
-        attention="after_block1" if large_images else "none",
-        augment=True,
-    )
-
-
-def gdfq(*, large_images: bool) -> Method:
-    """GDFQ (arXiv 2003.03603), LRQ's base: no attention, no margin, plain distillation."""
-    return dataclasses.replace(
-        lrq(large_images=large_images),
-        attention="none",
-        ama_weight=0.0,
-        student_loss="kd",
-        temperature=20.0,
-        kd_reduction="element_mean",
-    )
-
-
-PRESETS: dict[str, Callable[..., Method]] = {"lrq": lrq, "lrq_released": lrq_released, "gdfq": gdfq}
-"""Preset name -> Method, by image size class."""
-
-LARGE_IMAGE = 64
-"""Images with a longer side above this, in pixels, take a preset's ImageNet column."""
-
-
-def preset(name: str, *, image_size: int) -> Method:
-    """The published constants of a method for images of this many pixels a side.
-
-    Raises:
-      ValueError: an unknown name, with the known ones.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"method.preset: found {name!r}, expected one of {sorted(PRESETS)}")
-    return PRESETS[name](large_images=image_size > LARGE_IMAGE)

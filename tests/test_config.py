@@ -17,7 +17,8 @@ from lrq_jax.config import (
     resolve,
     short_schedule,
 )
-from lrq_jax.method import LARGE_IMAGE, PRESETS, Method, preset
+from lrq_jax.method import Method
+from lrq_jax.presets import LARGE_IMAGE, METHOD_FIELDS, PRESETS, preset
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
@@ -66,9 +67,17 @@ OTHER_VALUES = {
     "noise_plateau_patience": 5,
     "noise_smallest_rate": 1e-3,
     "noise_bns_weight": 0.6,
+    "noise_beta1": 0.3,
+    "noise_schedule": "cosine",
+    "noise_statistics": "relative",
+    "noise_target": "cross_entropy",
+    "noise_target_weight": 0.2,
     "noise_lowest_target": 0.8,
+    "noise_augmentation": "none",
     "noise_augment_probability": 0.25,
-    "augment": True,
+    "noise_clip": True,
+    "augmentation": "shift_flip",
+    "calibration_images": "pool",
 }
 
 
@@ -141,7 +150,7 @@ def test_every_field_of_the_method_can_be_set_and_is_the_presets_when_it_is_not(
         config = base_config()
         config.method.preset = preset_name
         before = resolve(config, image_size=16).method
-        assert before == preset(preset_name, image_size=16)
+        assert before == preset(preset_name, image_size=16).method
         config.method.warmup_steps = 5000  # so that the calibration fits wherever it is moved
         before = dataclasses.replace(before, warmup_steps=5000)
         config.method[name] = OTHER_VALUES[name]
@@ -151,10 +160,10 @@ def test_every_field_of_the_method_can_be_set_and_is_the_presets_when_it_is_not(
         config.method[name] = None
         config.method.warmup_steps = 5000 if name != "warmup_steps" else None
         assert getattr(resolve(config, image_size=16).method, name) == getattr(
-            before if name != "warmup_steps" else preset(preset_name, image_size=16), name
+            before if name != "warmup_steps" else preset(preset_name, image_size=16).method, name
         )
     assert any(  # and the value is not, by accident, what every preset has anyway
-        getattr(preset(preset_name, image_size=16), name) != OTHER_VALUES[name]
+        getattr(preset(preset_name, image_size=16).method, name) != OTHER_VALUES[name]
         for preset_name in PRESETS
     )
 
@@ -177,8 +186,36 @@ def test_falsy_overrides_are_overrides():
     method = resolve(config, image_size=16).method
     assert (method.ama_weight, method.student_milestones) == (0.0, ())
     config.method.preset = "lrq_released"
-    config.method.augment = False
-    assert resolve(config, image_size=16).method.augment is False
+    config.method.preset = "fast"
+    config.method.noise_clip = False
+    assert resolve(config, image_size=16).method.noise_clip is False
+
+
+STUDENT_VALUES = {
+    "weight_observer": "percentile",
+    "act_observer": "percentile",
+    "range_decay": 0.25,
+    "clip_mask": True,
+    "learned_steps": "activations",
+}
+
+
+@pytest.mark.parametrize("preset_name", sorted(PRESETS))
+def test_the_quantizers_of_a_method_are_the_presets_unless_set(preset_name):
+    config = base_config()
+    config.method.preset = preset_name
+    config.student.weight_bits, config.student.policy = 3, "R"
+    expected = dataclasses.replace(
+        preset(preset_name, image_size=16).student, weight_bits=3, policy="R"
+    )
+    assert resolve(config, image_size=16).student == expected
+    assert set(STUDENT_VALUES) == set(METHOD_FIELDS)
+    for name, value in STUDENT_VALUES.items():
+        config.student[name] = value
+        expected = dataclasses.replace(expected, **{name: value})
+        assert resolve(config, image_size=16).student == expected
+    config.student.clip_mask = False  # falsy, and yet set
+    assert resolve(config, image_size=16).student.clip_mask is False
 
 
 def test_the_image_size_picks_the_presets_column():
@@ -298,6 +335,14 @@ def test_settings_carry_every_other_field_and_hash():
         ("method.noise_plateau_patience", 0),
         ("method.noise_smallest_rate", 0.0),
         ("method.noise_bns_weight", math.nan),
+        ("method.noise_beta1", 1.0),
+        ("method.noise_schedule", "step"),
+        ("method.noise_statistics", "std"),
+        ("method.noise_target", "margin"),
+        ("method.noise_target_weight", -0.1),
+        ("method.noise_augmentation", "crop"),
+        ("method.augmentation", "mixup"),
+        ("method.calibration_images", "real"),
         ("method.noise_lowest_target", 1.5),
         ("method.noise_augment_probability", -0.1),
         ("method.noise_augment_probability", 2.0),

@@ -21,6 +21,7 @@ ORDER = (
     ("quantizers", "networks", "data"),
     ("passes", "losses", "synthesis", "checkpoints"),
     ("readers", "method"),
+    ("presets",),
     ("config", "evaluation"),
     ("run_directory", "writers"),
     ("runtimes", "training"),

@@ -10,6 +10,7 @@ import pytest
 from lrq_jax.config import base_config, resolve
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import GraphBuilder
+from lrq_jax.passes import QuantSpec, calibrate, freeze
 from lrq_jax.quantize import step_spec
 from lrq_jax.readers import Teacher
 from lrq_jax.sharding import data_mesh
@@ -165,6 +166,19 @@ def test_a_step_stretches_the_ranges_it_was_told_to(learned_steps, kinds):
     stretch = state.student["quant"]["stretch"]
     moved = {k for k, tree in stretch.items() if any(np.any(v) for v in jax.tree.leaves(tree))}
     assert moved == set(kinds)
+
+
+@pytest.mark.parametrize(("learned_steps", "follows"), [("none", True), ("weights", False)])
+def test_weight_ranges_follow_the_weights_unless_they_are_learned(learned_steps, follows):
+    spec = QuantSpec(learned_steps=learned_steps)
+    student = step_spec(TEACHER, dataclasses.replace(tiny_settings(), student=spec), None).student
+    variables = student.initial_variables(jax.tree.map(jax.numpy.asarray, TEACHER.variables))
+    _, variables = calibrate(student, variables, jax.random.normal(jax.random.key(1), (8, 8, 8, 1)))
+    before = freeze(student, variables)["weights"]["classifier"].scale
+    head = variables["params"]["classifier"]
+    grown = {**variables["params"], "classifier": {**head, "kernel": 2 * head["kernel"]}}
+    after = freeze(student, {**variables, "params": grown})["weights"]["classifier"].scale
+    np.testing.assert_allclose(after, 2 * before if follows else before, rtol=1e-6)
 
 
 def test_the_student_loss_leaves_the_generator_alone():

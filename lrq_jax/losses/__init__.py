@@ -8,9 +8,14 @@ from lrq_jax.losses.margin import (
     initial_centers,
     update_centers,
 )
-from lrq_jax.losses.statistics import batch_norm_statistics
+from lrq_jax.losses.statistics import (
+    STATISTICS,
+    batch_norm_statistics,
+    relative_batch_norm_statistics,
+)
 
 __all__ = [
+    "STATISTICS",
     "angular_margin_hinge",
     "batch_norm_statistics",
     "cosine_to_centers",
@@ -18,6 +23,7 @@ __all__ = [
     "decoupled_distillation",
     "distillation",
     "initial_centers",
+    "relative_batch_norm_statistics",
     "sample_targets",
     "squared_target_error",
     "update_centers",

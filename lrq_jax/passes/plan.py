@@ -82,6 +82,12 @@ class QuantSpec:
         for entry in self.overrides:
             _parse_override(entry)
 
+    @property
+    def learns_weight_steps(self) -> bool:
+        """Whether the weights' step sizes are trained: their ranges then are found once, in the
+        teacher's weights, and only gradients change them, as in LSQ."""
+        return "weights" in LEARNED_STEPS[self.learned_steps]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operation:

@@ -85,7 +85,8 @@ class Student:
         return self.spec.placement == "integer"
 
     def initial_variables(self, teacher_variables: Variables) -> Variables:
-        """The teacher's variables plus the `quant` collection: ranges not yet seen, not stretched."""
+        """The teacher's variables plus the `quant` collection: activation ranges not yet seen,
+        weight ranges where they are learned, nothing stretched yet."""
         fixed = dict.fromkeys(fixed_tensors(self.spec), self.input_range)
         tracked = tracked_tensors(self.graph, self.spec)
         kernels = teacher_variables["params"]
@@ -96,10 +97,17 @@ class Student:
                 for layer in self.graph.weighted
             },
         }
+        held = {
+            op.layer.name: _observed_range(
+                self.spec, kernels[op.layer.name]["kernel"], op.weight_bits
+            )
+            for op in self.operations
+            if op.weight_bits and self.spec.learns_weight_steps
+        }
         return {
             "params": teacher_variables["params"],
             "batch_stats": teacher_variables["batch_stats"],
-            "quant": {**initial_ranges(tracked, fixed), "stretch": stretch},
+            "quant": {**initial_ranges(tracked, fixed), "weights": held, "stretch": stretch},
         }
 
     def trainable(self, variables: Variables) -> Variables:
@@ -201,8 +209,7 @@ def quantize_weights(operation: Operation, variables: Variables, spec: QuantSpec
         kernel = params[layer.name]["kernel"]
         limits = _kernel_range(spec, variables, layer, bits)
         parameters = weight_parameters(**limits, bits=bits)
-        learned = "weights" in LEARNED_STEPS[spec.learned_steps]
-        codes = quantize_weight(kernel, parameters, bits, clip_mask=learned)
+        codes = quantize_weight(kernel, parameters, bits, clip_mask=spec.learns_weight_steps)
         scale, zero_point = parameters
         bias = params[layer.name]["bias"] if layer.use_bias else jnp.zeros(scale.shape)
     if batch_norm is not None:
@@ -301,11 +308,17 @@ def paper_weight_codes(student: Student, variables: Variables) -> dict[str, dict
 
 
 def _kernel_range(spec: QuantSpec, variables: Variables, layer: L.Layer, bits: int) -> dict[str, jax.Array]:  # fmt: skip
-    """Range `[C_out]` of each output channel's weights; gradients reach its stretch alone."""
-    kernel = variables["params"][layer.name]["kernel"]
-    observed = OBSERVERS[spec.weight_observer](kernel, tuple(range(kernel.ndim - 1)), bits)
-    stretch = variables["quant"]["stretch"]["weights"][layer.name]
-    return stretched(jax.lax.stop_gradient(observed), stretch)
+    """Range `[C_out]` of each output channel's weights: that of the weights as they are now, or,
+    where steps are learned, the teacher's, stretched. Gradients reach the stretch alone."""
+    quant = variables["quant"]
+    limits = quant["weights"].get(layer.name)
+    if limits is None:
+        limits = _observed_range(spec, variables["params"][layer.name]["kernel"], bits)
+    return stretched(jax.lax.stop_gradient(limits), quant["stretch"]["weights"][layer.name])
+
+
+def _observed_range(spec: QuantSpec, kernel: jax.Array, bits: int) -> dict[str, jax.Array]:
+    return OBSERVERS[spec.weight_observer](kernel, tuple(range(kernel.ndim - 1)), bits)
 
 
 def _activation_range(variables: Variables, name: str) -> dict[str, jax.Array]:

@@ -1,9 +1,14 @@
-"""Random resized crop and flip, inside jit, one draw per image."""
+"""Augmentations of a batch of images, inside jit, one draw per image."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+SHIFT = 1 / 8
+"""`random_shift_flip` moves an image by at most this share of its side: 4 pixels of 32."""
 
 
 def random_resized_crop_flip(key: jax.Array, images: jax.Array, *, smallest_area: float = 0.5) -> jax.Array:  # fmt: skip
@@ -40,3 +45,43 @@ def random_resized_crop_flip(key: jax.Array, images: jax.Array, *, smallest_area
         return jnp.where(flip, image[:, ::-1], image)
 
     return jax.vmap(one)(images, fraction, corner, flip)
+
+
+def random_shift_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Moves each image by up to `SHIFT` of its sides, reflected at the edges, and flips half.
+
+    The usual augmentation of CIFAR training (pad by 4, crop 32 x 32, flip), in whole pixels.
+
+    Args:
+      key: PRNG key.
+      images: `[B, H, W, C]`.
+
+    Returns:
+      `[B, H, W, C]`; differentiable in `images`.
+    """
+    batch, height, width, _ = images.shape
+    rows, columns = max(1, round(height * SHIFT)), max(1, round(width * SHIFT))
+    place_key, flip_key = jax.random.split(key)
+    most = jnp.asarray([2 * rows + 1, 2 * columns + 1])
+    corner = jax.random.randint(place_key, (batch, 2), 0, most)
+    flip = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
+    images = jnp.where(flip, images[:, :, ::-1], images)
+    padded = jnp.pad(images, ((0, 0), (rows, rows), (columns, columns), (0, 0)), mode="reflect")
+
+    def one(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
+
+    return jax.vmap(one)(padded, corner)
+
+
+def unchanged(key: jax.Array, images: jax.Array) -> jax.Array:
+    """The images as they are."""
+    return images
+
+
+AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "none": unchanged,
+    "crop_flip": random_resized_crop_flip,
+    "shift_flip": random_shift_flip,
+}
+"""`(key, images) -> images`, by the name a method gives them."""

@@ -45,9 +45,12 @@ def phases(spec: StepSpec) -> tuple[Phase, ...]:
     method = spec.method
     begin, end = method.calibration_start, method.calibration_start + method.calibration_steps
     student = steps.joint_step if method.images == "generator" else steps.pool_step
+    calibration = steps.calibration_step
+    if method.calibration_images == "pool":
+        calibration = steps.pool_calibration_step
     plan = (
         Phase(name="warm-up", step=steps.warmup_step, start=0, stop=begin),
-        Phase(name="calibration", step=steps.calibration_step, start=begin, stop=end),
+        Phase(name="calibration", step=calibration, start=begin, stop=end),
         Phase(name="warm-up", step=steps.warmup_step, start=end, stop=method.warmup_steps),
         Phase(
             name="training",
@@ -75,6 +78,7 @@ class TrainingLoop:
         self._variables = put_replicated(teacher.variables, spec.mesh)
         self._timings = run.timings()
         self._recent_loss: float | None = None
+        self._made_pool: Pool | None = None
 
     @property
     def timings(self) -> dict[str, float]:
@@ -109,9 +113,8 @@ class TrainingLoop:
         if start >= phase.stop:
             return state
         arguments: tuple[Any, ...] = (self._variables,)
-        if phase.step is steps.pool_step:
-            pool = self._pool(state)
-            arguments += (pool.images, pool.labels)
+        if phase.step in (steps.pool_step, steps.pool_calibration_step):
+            arguments += self._pool()
         done = start
         per_call = min(
             steps_per_dispatch(self._settings.steps_per_dispatch, self._spec.mesh),
@@ -169,7 +172,9 @@ class TrainingLoop:
         self._add_time("compilation", clock)
         return program
 
-    def _pool(self, state: TrainState) -> Pool:
+    def _pool(self) -> Pool:
+        if self._made_pool is not None:
+            return self._made_pool
         clock = time.monotonic()
         # Seeded by the settings alone, so that a resumed run optimises the same images.
         pool = synthesize_pool(
@@ -185,6 +190,7 @@ class TrainingLoop:
             self._teacher.preprocessing,
             self._teacher.class_names,
         )
+        self._made_pool = pool
         return pool
 
     def _log(self, phase: Phase, done: int, pending: list[dict[str, jax.Array]],
@@ -208,8 +214,10 @@ class TrainingLoop:
         return means
 
     def _write_images(self, state: TrainState) -> None:
-        """A grid of what the generator makes now, classes in order."""
+        """A grid of what the generator makes now, classes in order; nothing if it is not used."""
         spec = self._spec
+        if not spec.method.trains_generator:
+            return
         labels = np.arange(_GRID_IMAGES) * max(1, spec.generator.num_classes // _GRID_IMAGES)
         labels = labels % spec.generator.num_classes
         noise = jax.random.normal(jax.random.key(0), (_GRID_IMAGES, spec.generator.latent_dim))

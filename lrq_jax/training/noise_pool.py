@@ -13,10 +13,11 @@ import numpy as np
 from lrq_jax import losses
 from lrq_jax.console import Progress, say
 from lrq_jax.losses.margin import Centers
-from lrq_jax.training import steps
+from lrq_jax.training import noise_steps
 from lrq_jax.training.compilation import compile_step, put_replicated
 from lrq_jax.training.errors import TrainingDiverged
-from lrq_jax.training.steps import NoiseState, StepSpec
+from lrq_jax.training.noise_steps import NoiseState
+from lrq_jax.training.steps import StepSpec
 
 _POOL_STREAM = 1
 """Folded into the run's seed, so that pool and training draw different numbers."""
@@ -49,18 +50,18 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
     method, graph, mesh = spec.method, spec.graph, spec.mesh
     key = jax.random.fold_in(jax.random.key(seed), _POOL_STREAM)
     centers = losses.initial_centers(graph.num_classes, graph.shapes[graph.features][0])
-    finish = jax.jit(steps.finished_noise, static_argnames="spec")
+    finish = jax.jit(noise_steps.finished_noise, static_argnames="spec")
     program, batches = None, []
     for number in range(method.noise_batches):
         path = directory / f"batch_{number:03d}.npz"
         if not path.exists():
-            state = steps.initial_noise(spec, jax.random.fold_in(key, number), centers)
+            state = noise_steps.initial_noise(spec, jax.random.fold_in(key, number), centers)
             state = put_replicated(state, mesh)
             if program is None:
                 say("image synthesis: compiling the noise step ...")
-                program = compile_step(steps.noise_step, state, teacher, mesh=mesh, spec=spec)
+                program = compile_step(noise_steps.noise_step, state, teacher, mesh=mesh, spec=spec)
             state = _optimise(program, state, teacher, number, spec)
-            _save(path, state, finish(state, teacher, spec=spec))
+            _save(path, state.labels, *finish(state, teacher, spec=spec))
         with np.load(path) as stored:
             batches.append((stored["images"], stored["labels"]))
             centers = Centers(jnp.asarray(stored["sums"]), jnp.asarray(stored["counts"]))
@@ -97,8 +98,8 @@ def _checked(name: str, done: int, pending: list[dict[str, jax.Array]]) -> dict[
     return found[-1]
 
 
-def _save(path: Path, state: NoiseState, centers: Centers) -> None:
+def _save(path: Path, labels: jax.Array, images: jax.Array, centers: Centers) -> None:
     temporary = path.with_name(f".{path.stem}.new.npz")
-    images, labels, sums, counts = jax.device_get((state.images, state.labels, *centers))
+    images, labels, sums, counts = jax.device_get((images, labels, *centers))
     np.savez(temporary, images=images, labels=labels, sums=sums, counts=counts)
     os.replace(temporary, path)

@@ -6,7 +6,7 @@ Nothing here is jitted, sharded or donated; `training.compilation` does that in 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,24 @@ from lrq_jax.method import Method
 from lrq_jax.passes import Student, calibrate, float_forward, float_logits, student_forward
 from lrq_jax.passes.float_forward import Variables
 from lrq_jax.sharding import constrain_batch
-from lrq_jax.synthesis.augmentation import random_resized_crop_flip
+from lrq_jax.synthesis.augmentation import AUGMENTATIONS
 from lrq_jax.synthesis.generator import GeneratorSpec, generate, init_generator
 from lrq_jax.training.averaging import Average, initial_average, update_average
 from lrq_jax.training.optimizers import (
     generator_optimizer,
-    noise_optimizer,
     student_optimizer,
 )
 
 Metrics = dict[str, jax.Array]
+
+
+class Keyed(Protocol):
+    """A state that counts its steps and holds raw key data."""
+
+    @property
+    def step(self) -> jax.Array: ...
+    @property
+    def key(self) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,17 +74,6 @@ class TrainState(NamedTuple):
     student: Variables
     student_opt: optax.OptState
     average: Average
-
-
-class NoiseState(NamedTuple):
-    """One batch of images being optimised from noise."""
-
-    step: jax.Array
-    key: jax.Array
-    images: jax.Array
-    labels: jax.Array
-    opt: optax.OptState
-    centers: Centers
 
 
 def initial_state(spec: StepSpec, teacher: Variables, seed: int) -> TrainState:
@@ -117,15 +114,17 @@ def draw_latents(key: jax.Array, spec: StepSpec) -> tuple[jax.Array, jax.Array]:
     return constrain_batch(noise, spec.mesh), constrain_batch(labels, spec.mesh)
 
 
-def teacher_forward(graph: Graph, teacher: Variables, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Logits `[B, K]`, pooled features `[B, D]` and the BNS loss of the frozen teacher."""
+def teacher_forward(graph: Graph, teacher: Variables, images: jax.Array, *,
+                    statistics: str = "variance") -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Logits `[B, K]`, pooled features `[B, D]` and the BNS loss, in one of its forms
+    (`losses.STATISTICS`), of the frozen teacher."""
     taps = tuple(layer.inputs[0] for layer in graph.batch_norms)
     values = float_forward(graph, teacher, images, (graph.output, graph.features, *taps))
     running = [
         (teacher["batch_stats"][layer.name]["mean"], teacher["batch_stats"][layer.name]["var"])
         for layer in graph.batch_norms
     ]
-    bns = losses.batch_norm_statistics([values[name] for name in taps], running)
+    bns = losses.STATISTICS[statistics]([values[name] for name in taps], running)
     return values[graph.output], values[graph.features], bns
 
 
@@ -223,7 +222,8 @@ def _update_student(state: TrainState, images: jax.Array, labels: jax.Array,
     return state, terms
 
 
-def _step_key(state: TrainState | NoiseState) -> jax.Array:
+def step_key(state: Keyed) -> jax.Array:
+    """The PRNG key of the step a state stands before."""
     return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
 
@@ -232,22 +232,30 @@ def _step_key(state: TrainState | NoiseState) -> jax.Array:
 
 def warmup_step(state: TrainState, teacher: Variables, *, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Updates the generator alone."""
-    state, aux, _ = _update_generator(state, teacher, _step_key(state), spec)
+    state, aux, _ = _update_generator(state, teacher, step_key(state), spec)
     return state._replace(step=state.step + 1), aux["terms"]
 
 
 def calibration_step(state: TrainState, teacher: Variables, *, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Updates the generator, and the student's activation ranges on its images."""
-    state, aux, _ = _update_generator(state, teacher, _step_key(state), spec)
+    state, aux, _ = _update_generator(state, teacher, step_key(state), spec)
     _, student = calibrate(spec.student, state.student, aux["images"])
     return state._replace(step=state.step + 1, student=student), aux["terms"]
 
 
 def joint_step(state: TrainState, teacher: Variables, *, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Updates the generator, then the student on the same images; one teacher forward for both."""
-    state, aux, labels = _update_generator(state, teacher, _step_key(state), spec)
+    state, aux, labels = _update_generator(state, teacher, step_key(state), spec)
     state, terms = _update_student(state, aux["images"], labels, aux["logits"], spec)
     return state._replace(step=state.step + 1), {**aux["terms"], **terms}
+
+
+def _draw(state: TrainState, images: jax.Array, labels: jax.Array, spec: StepSpec) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """A step's batch of the pool, augmented, and its labels."""
+    pick_key, augment_key = jax.random.split(step_key(state))
+    picked = jax.random.randint(pick_key, (spec.method.batch_size,), 0, images.shape[0])
+    picked = constrain_batch(picked, spec.mesh)
+    return AUGMENTATIONS[spec.method.augmentation](augment_key, images[picked]), labels[picked]
 
 
 def pool_step(state: TrainState, teacher: Variables, images: jax.Array, labels: jax.Array, *,
@@ -258,75 +266,16 @@ def pool_step(state: TrainState, teacher: Variables, images: jax.Array, labels: 
       images: `[N, H, W, C]`, the pool.
       labels: `[N]`.
     """
-    pick_key, augment_key = jax.random.split(_step_key(state))
-    picked = jax.random.randint(pick_key, (spec.method.batch_size,), 0, images.shape[0])
-    picked = constrain_batch(picked, spec.mesh)
-    batch, batch_labels = images[picked], labels[picked]
-    if spec.method.augment:
-        batch = random_resized_crop_flip(augment_key, batch)
+    batch, labels = _draw(state, images, labels, spec)
     teacher_logits = float_logits(spec.graph, teacher, batch)
-    state, terms = _update_student(state, batch, batch_labels, teacher_logits, spec)
+    state, terms = _update_student(state, batch, labels, teacher_logits, spec)
     return state._replace(step=state.step + 1), terms
 
 
-# --- images optimised from noise ------------------------------------------------------------
-
-
-def initial_noise(spec: StepSpec, key: jax.Array, centers: Centers) -> NoiseState:
-    """A fresh batch N(0, 1) with random labels; `centers` are those of earlier batches."""
-    image_key, label_key, run_key = jax.random.split(key, 3)
-    method = spec.method
-    shape = (method.noise_batch_size, *spec.generator.image_shape)
-    images = constrain_batch(jax.random.normal(image_key, shape), spec.mesh)
-    labels = jax.random.randint(
-        label_key, (method.noise_batch_size,), 0, spec.generator.num_classes
-    )
-    return NoiseState(
-        step=jnp.int32(0),
-        key=jax.random.key_data(run_key),
-        images=images,
-        labels=constrain_batch(labels, spec.mesh),
-        opt=noise_optimizer(method).init(images),
-        centers=centers,
-    )
-
-
-def noise_loss(images: jax.Array, labels: jax.Array, key: jax.Array, teacher: Variables,
-               centers: Centers, *, spec: StepSpec) -> tuple[jax.Array, Metrics]:  # fmt: skip
-    """`L_syn = w_bns * (L_mean + L_var) + L_target + w_ama * (L_low + L_up)`."""
-    method = spec.method
-    augment_key, coin_key, target_key = jax.random.split(key, 3)
-    images = jax.lax.cond(
-        jax.random.bernoulli(coin_key, method.noise_augment_probability),
-        lambda x: random_resized_crop_flip(augment_key, x),
-        lambda x: x,
-        images,
-    )
-    logits, features, bns = teacher_forward(spec.graph, teacher, images)
-    targets = losses.sample_targets(target_key, labels.shape[0], lowest=method.noise_lowest_target)
-    terms = {
-        "noise/bns": bns,
-        "noise/target": losses.squared_target_error(logits, labels, targets),
-    }
-    total = method.noise_bns_weight * bns + terms["noise/target"]
-    if method.ama_weight:
-        terms["noise/ama"] = margin_loss(features, labels, centers, teacher, spec)
-        total += method.ama_weight * terms["noise/ama"]
-    return total, {**terms, "noise/loss": total}
-
-
-def noise_step(state: NoiseState, teacher: Variables, *, spec: StepSpec) -> tuple[NoiseState, Metrics]:  # fmt: skip
-    """One iteration on a batch of noise images."""
-    gradient = jax.value_and_grad(noise_loss, has_aux=True)
-    (loss, terms), grads = gradient(
-        state.images, state.labels, _step_key(state), teacher, state.centers, spec=spec
-    )
-    updates, opt = noise_optimizer(spec.method).update(grads, state.opt, state.images, value=loss)
-    images = optax.apply_updates(state.images, updates)
-    return state._replace(step=state.step + 1, images=images, opt=opt), terms
-
-
-def finished_noise(state: NoiseState, teacher: Variables, *, spec: StepSpec) -> Centers:
-    """Class centres with a finished batch's features added."""
-    features = float_forward(spec.graph, teacher, state.images, (spec.graph.features,))
-    return losses.update_centers(state.centers, features[spec.graph.features], state.labels)
+def pool_calibration_step(state: TrainState, teacher: Variables, images: jax.Array,
+                          labels: jax.Array, *, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
+    """Updates the student's activation ranges on a batch of the pool, and nothing else."""
+    batch, labels = _draw(state, images, labels, spec)
+    logits, student = calibrate(spec.student, state.student, batch)
+    terms = {"student/ce": losses.cross_entropy(logits, labels)}
+    return state._replace(step=state.step + 1, student=student), terms

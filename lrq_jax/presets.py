@@ -1,0 +1,145 @@
+"""Presets: published methods, and ours, as instances of `Method` and of the student's quantizers.
+
+A preset fixes how a method works; how many bits, which layers and which placement stay the
+user's. Constants are the papers' (source per function); `[open]` marks choices of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from lrq_jax.method import Method
+from lrq_jax.passes.plan import QuantSpec
+
+METHOD_FIELDS = ("weight_observer", "act_observer", "range_decay", "clip_mask", "learned_steps")
+"""Fields of a `QuantSpec` that are part of a method; the others say what the user wants of it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A method, whole.
+
+    Attributes:
+      method: images, losses, schedule.
+      student: its `METHOD_FIELDS` are the preset's, the others mean nothing here.
+    """
+
+    method: Method
+    student: QuantSpec = dataclasses.field(default_factory=QuantSpec)
+
+
+def lrq(*, large_images: bool) -> Preset:
+    """LRQ as the paper describes it: generator and student trained in turn."""
+    if not large_images:
+        return Preset(method=Method())
+    return Preset(
+        method=Method(
+            conditioning="batch_norm",
+            batch_size=16,
+            warmup_steps=10_000,
+            student_learning_rate=1e-6,
+        )
+    )
+
+
+def lrq_released(*, large_images: bool) -> Preset:
+    """LRQ as its code runs: the generator only sets ranges, the student trains on noise images."""
+    return _changed(
+        lrq(large_images=large_images),
+        images="noise",
+        batch_size=16 if large_images else 256,
+        warmup_steps=800,
+        steps=30_200,
+        student_milestones=(20_000, 40_000, 70_000) if large_images else (4_000, 8_000, 12_000),
+        attention="after_block1" if large_images else "none",
+        augmentation="crop_flip",
+    )
+
+
+def gdfq(*, large_images: bool) -> Preset:
+    """GDFQ (arXiv 2003.03603), LRQ's base: no attention, no margin, plain distillation."""
+    return _changed(
+        lrq(large_images=large_images),
+        attention="none",
+        ama_weight=0.0,
+        student_loss="kd",
+        temperature=20.0,
+        kd_reduction="element_mean",
+    )
+
+
+def fast(*, large_images: bool) -> Preset:
+    """Ours, for minutes: a small pool of noise images, ranges and step sizes that are searched
+    and then learned, distillation alone.
+
+    The parts: images matched to the batch norms' relative statistics; ranges by the smallest
+    `|error|^2.4` (BRECQ); learned step sizes and clip mask (LSQ); the teacher's soft outputs and
+    no labels (AIT, arXiv 2203.17008); a few hundred images suffice, since they are only ever seen
+    moved and mirrored. `docs/accuracy.md` says what each part bought.
+    """
+    method = Method(
+        images="noise",
+        calibration_images="pool",
+        attention="none",
+        conditioning="batch_norm" if large_images else "embedding",
+        batch_size=32 if large_images else 64,
+        warmup_steps=16,
+        calibration_steps=16,
+        steps=500 if large_images else 1_000,
+        ama_weight=0.0,
+        student_loss="kd",
+        ce_weight=0.0,
+        temperature=4.0,
+        student_optimizer="adam",
+        student_learning_rate=5e-4,
+        student_schedule="cosine",
+        student_weight_decay=0.0,
+        augmentation="crop_flip" if large_images else "shift_flip",
+        noise_batches=8 if large_images else 4,
+        noise_batch_size=32 if large_images else 128,
+        noise_iterations=250,
+        noise_learning_rate=0.1,
+        noise_beta1=0.9,
+        noise_schedule="cosine",
+        noise_statistics="relative",
+        noise_target="cross_entropy",
+        noise_target_weight=0.005,
+        noise_augmentation="crop_flip" if large_images else "shift_flip",
+        noise_augment_probability=1.0,
+        noise_clip=True,
+    )
+    student = QuantSpec(
+        weight_observer="smallest_error",
+        act_observer="smallest_error",
+        clip_mask=True,
+        learned_steps="both",
+    )
+    return Preset(method=method, student=student)
+
+
+def _changed(preset: Preset, **method: object) -> Preset:
+    return dataclasses.replace(preset, method=dataclasses.replace(preset.method, **method))
+
+
+PRESETS: dict[str, Callable[..., Preset]] = {
+    "fast": fast,
+    "gdfq": gdfq,
+    "lrq": lrq,
+    "lrq_released": lrq_released,
+}
+"""Preset by name, for a size class of images."""
+
+LARGE_IMAGE = 64
+"""Images with a longer side above this, in pixels, take a preset's ImageNet column."""
+
+
+def preset(name: str, *, image_size: int) -> Preset:
+    """The published constants of a method for images of this many pixels a side.
+
+    Raises:
+      ValueError: an unknown name, with the known ones.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"method.preset: found {name!r}, expected one of {sorted(PRESETS)}")
+    return PRESETS[name](large_images=image_size > LARGE_IMAGE)
