@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lrq_jax.synthesis.attention import LongRangeAttention, attention_block, large_kernel_attention
-from lrq_jax.synthesis.augmentation import random_resized_crop_flip
+from lrq_jax.synthesis.augmentation import random_resized_crop_flip, random_shift_flip
 from lrq_jax.synthesis.generator import (
     ATTENTION_PLACES,
     CONDITIONINGS,
@@ -498,3 +499,29 @@ def test_crops_are_linear_in_the_image_with_its_gradient(rng):
     assert np.isfinite(gradient).all()
     # <weights, A y> = <A^T weights, y>: the gradient is the transpose of the crop.
     np.testing.assert_allclose(jnp.sum(weights * crop(y)), jnp.sum(gradient * y), rtol=1e-3)
+
+
+# ---- shift and flip ----------------------------------------------------------------------------
+
+
+def test_shifts_are_of_whole_pixels_reflected_at_the_edges_and_half_are_mirrored(rng):
+    images = rng.standard_normal((64, 16, 24, 3)).astype(np.float32)
+    out = np.asarray(jax.jit(random_shift_flip)(_key(0), jnp.asarray(images)))
+    found = []
+    for before, after in zip(images, out, strict=True):
+        for flip, down, right in itertools.product((False, True), range(-2, 3), range(-3, 4)):
+            rows = _reflected(np.arange(16) + down, 16)
+            columns = _reflected(np.arange(24) + right, 24)
+            source = before[:, ::-1] if flip else before
+            if np.array_equal(source[rows][:, columns], after):
+                found.append((flip, down, right))
+    assert len(found) == 64
+    assert 16 < sum(flip for flip, *_ in found) < 48
+    assert {down for _, down, _ in found} == set(range(-2, 3))
+    assert {right for *_, right in found} == set(range(-3, 4))
+
+
+def _reflected(places, size):
+    """Indices beyond an edge come back, the edge itself not repeated."""
+    places = np.abs(places)
+    return np.where(places > size - 1, 2 * (size - 1) - places, places)

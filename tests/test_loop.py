@@ -161,7 +161,7 @@ def test_an_interrupted_pool_is_finished_with_the_same_images(teacher, tmp_path,
     assert not np.array_equal(whole.images, other.images)
 
 
-@pytest.mark.parametrize("preset", ["lrq_released", "gdfq"])
+@pytest.mark.parametrize("preset", ["lrq_released", "gdfq", "fast"])
 @pytest.mark.parametrize("placement", ["integer", "paper"])
 def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, placement):
     from lrq_jax.config import base_config, resolve
@@ -188,4 +188,6 @@ def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, place
     assert report["drop"] is None
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 4
-    assert (tmp_path / "run" / "pool").exists() == (preset == "lrq_released")
+    assert (tmp_path / "run" / "pool").exists() == (preset != "gdfq")
+    made = {path.stem.partition("_")[0] for path in (tmp_path / "run" / "images").glob("*.png")}
+    assert made == {"lrq_released": {"pool", "step"}, "gdfq": {"step"}, "fast": {"pool"}}[preset]

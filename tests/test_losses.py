@@ -21,6 +21,7 @@ angular_margin_hinge = jax.jit(
 )
 update_centers = jax.jit(losses.update_centers)
 batch_norm_statistics = jax.jit(losses.batch_norm_statistics)
+relative_batch_norm_statistics = jax.jit(losses.relative_batch_norm_statistics)
 
 BATCH, CLASSES = 6, 5
 AMA = {"margin": 0.5, "lower": 0.3, "upper": 0.8}  # docs/method.md: m, and R18's hinges
@@ -385,6 +386,34 @@ def test_batch_norm_statistics(rng):
         (x.reshape(-1, x.shape[-1]).mean(0), x.reshape(-1, x.shape[-1]).var(0)) for x in inputs
     ]
     np.testing.assert_allclose(batch_norm_statistics(inputs, matched), 0, atol=1e-10)
+
+
+def test_relative_batch_norm_statistics(rng):
+    inputs = [rng.standard_normal(s).astype(np.float32) * 2 + 1 for s in [(4, 5, 6, 3), (4, 7)]]
+    running = [
+        (rng.standard_normal(x.shape[-1]).astype(np.float32), rng.random(x.shape[-1]) * 4)
+        for x in inputs
+    ]
+    expected = 0.0
+    for x, (mean, variance) in zip(inputs, running, strict=True):
+        rows = np.float64(x).reshape(-1, x.shape[-1])
+        deviation = np.sqrt(variance + 1e-3)
+        expected += np.mean(((rows.mean(0) - mean) / deviation) ** 2)
+        expected += np.mean((np.sqrt(rows.var(0) + 1e-3) / deviation - 1) ** 2)
+    found = relative_batch_norm_statistics(inputs, running)
+    np.testing.assert_allclose(found, expected / 2, rtol=1e-5)
+    _check_gradients(
+        lambda *x: relative_batch_norm_statistics(x, running), *map(jnp.asarray, inputs)
+    )
+    # A layer whose activations are a hundred times as large counts as much as before.
+    larger = [100 * inputs[0], inputs[1]]
+    scaled = [(100 * running[0][0], 1e4 * (running[0][1] + 1e-3) - 1e-3), running[1]]
+    again = relative_batch_norm_statistics(larger, scaled)
+    np.testing.assert_allclose(again, expected / 2, rtol=1e-3)
+    # a constant channel, in the batch or in the running statistics
+    constant = [(jnp.zeros(2), jnp.zeros(2))]
+    gradient = jax.grad(lambda x: relative_batch_norm_statistics([x], constant))(jnp.ones((3, 2)))
+    assert np.isfinite(gradient).all()
 
 
 def test_statistics_of_a_constant_and_of_a_far_batch_are_finite():
