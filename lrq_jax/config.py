@@ -30,6 +30,7 @@ class RunSettings:
       teacher_path: teacher directory, `.safetensors` teacher, or `digits`.
       data_name, data_path, data_split: evaluation images, see `lrq_jax.data.load_data`; name and
         path both empty: nothing is evaluated.
+      train_path, train_images: folder of real images for `method.images='folder'`, and how many.
       student: how the student is quantized.
       preset: name of the method's preset.
       method: the preset with the config's overrides.
@@ -45,6 +46,8 @@ class RunSettings:
     data_name: str
     data_path: str
     data_split: str
+    train_path: str
+    train_images: int
     student: QuantSpec
     preset: str
     method: Method
@@ -74,7 +77,13 @@ def base_config() -> ConfigDict:
     config = ConfigDict(
         {
             "teacher": {"path": "digits"},
-            "data": {"name": "digits", "path": "", "split": "test"},
+            "data": {
+                "name": "digits",
+                "path": "",
+                "split": "test",
+                "train_path": "",
+                "train_images": 1024,
+            },
             "student": {**dataclasses.asdict(QuantSpec()), **unset(QuantSpec, METHOD_FIELDS)},
             "method": {"preset": "lrq", **unset(Method, ours)},
             "steps": config_dict.placeholder(int),
@@ -157,10 +166,20 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
             raise ValueError(
                 f"student.{name}: found {getattr(student, name)!r}, expected {sorted(OBSERVERS)}"
             )
+    if bool(config.data.train_path) != (method.images == "folder"):
+        raise ValueError(
+            f"data.train_path: found {config.data.train_path!r} with method.images="
+            f"{method.images!r}, expected a folder of real images with method.images='folder', "
+            "and with it alone"
+        )
     if config.precision not in PRECISIONS:
         raise ValueError(f"precision: found {config.precision!r}, expected one of {PRECISIONS}")
     if not 0 <= config.seed < 2**32:  # jax's keys drop further bits, silently
         raise ValueError(f"seed: found {config.seed}, expected 0 to {2**32 - 1}")
+    if config.data.train_images < 1:
+        raise ValueError(
+            f"data.train_images: found {config.data.train_images}, expected at least 1"
+        )
     for name in ("eval_batch_size", "log_every", "checkpoint_every", "images_every"):
         if config[name] < 1:
             raise ValueError(f"{name}: found {config[name]}, expected at least 1")
@@ -173,6 +192,8 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
         data_name=config.data.name,
         data_path=config.data.path,
         data_split=config.data.split,
+        train_path=config.data.train_path,
+        train_images=config.data.train_images,
         student=student,
         preset=config.method.preset,
         method=method,

@@ -15,7 +15,7 @@ from lrq_jax.losses.statistics import STATISTICS
 from lrq_jax.synthesis.augmentation import AUGMENTATIONS
 from lrq_jax.synthesis.generator import ATTENTION_PLACES, CONDITIONINGS
 
-IMAGE_SOURCES = ("generator", "noise")
+IMAGE_SOURCES = ("generator", "noise", "folder")
 CALIBRATION_SOURCES = ("generator", "pool")
 NOISE_TARGETS = ("probability", "cross_entropy")
 NOISE_SCHEDULES = ("plateau", "cosine")
@@ -34,7 +34,9 @@ class Method:
     """
 
     # --- images ---
-    images: str = "generator"  # the student trains on: generator (live) | noise (optimised pool)
+    # the student trains on: generator (live) | noise (optimised pool) | folder (real images of
+    # data.train_path: no zero-shot method, but the ceiling of one)
+    images: str = "generator"
     conditioning: str = "embedding"  # generator's class input: embedding (32 px) | batch_norm (224)
     attention: str = "after_block1"  # long-range attention: none | before_/after_/replace_block1
     latent_dim: int = 100  # length of the noise vector
@@ -45,7 +47,7 @@ class Method:
     warmup_steps: int = 800  # generator alone
     calibration_start: int = 0  # activation ranges are updated from this step of the warm-up ...
     calibration_steps: int = 800  # ... for this many steps, then frozen
-    calibration_images: str = "generator"  # generator | pool (of noise images)
+    calibration_images: str = "generator"  # generator | pool (of images)
     # --- generator (synthesis) loss ---
     class_weight: float = 1.0  # cross-entropy of the teacher on its own synthetic images
     bns_weight: float = 0.1  # batch-norm statistics, with a generator

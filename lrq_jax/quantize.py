@@ -240,6 +240,7 @@ def _report(job: Job, accuracy: dict[str, Accuracy], timings: dict[str, float]) 
         "data": data.name if data else None,
         "network": teacher.graph.name,
         "preset": settings.preset,
+        "zero_shot": settings.method.images != "folder",
         "policy": quant.policy,
         "placement": quant.placement,
         "weight_bits": quant.weight_bits,
@@ -264,6 +265,8 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['policy']}, {report['placement']} placement, preset {report['preset']}, "
         f"{report['steps']} steps, seed {report['seed']}"
     )
+    if not report.get("zero_shot", True):
+        quantized += f"\nNOT zero-shot: trained on {report['settings']['train_images']} real images"
     total = sum(report["wall_seconds"].values())
     if report["images"]:
         figures = (

@@ -21,6 +21,7 @@ from lrq_jax.training import steps
 from lrq_jax.training.compilation import compile_step, put_replicated, steps_per_dispatch
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.noise_pool import Pool, synthesize_pool
+from lrq_jax.training.real_pool import read_pool
 from lrq_jax.training.steps import StepSpec, TrainState
 
 STUDENT_LOSS = "student/loss"
@@ -177,10 +178,19 @@ class TrainingLoop:
             return self._made_pool
         clock = time.monotonic()
         # Seeded by the settings alone, so that a resumed run optimises the same images.
-        pool = synthesize_pool(
-            self._spec, self._variables, self._run.pool, seed=self._settings.seed
-        )
-        self._add_time("image synthesis", clock)
+        settings = self._settings
+        if self._spec.method.images == "folder":
+            pool = read_pool(
+                settings.train_path,
+                self._teacher.preprocessing,
+                count=settings.train_images,
+                seed=settings.seed,
+                mesh=self._spec.mesh,
+            )
+            self._add_time("reading of real images", clock)
+        else:
+            pool = synthesize_pool(self._spec, self._variables, self._run.pool, seed=settings.seed)
+            self._add_time("image synthesis", clock)
         preview = np.linspace(0, len(pool.labels) - 1, _GRID_IMAGES).astype(int)
         labels = np.asarray(pool.labels)
         self._run.write_images(
