@@ -30,6 +30,7 @@ class RunSettings:
       teacher_path: teacher directory, `.safetensors` teacher, or `digits`.
       data_name, data_path, data_split: evaluation images, see `lrq_jax.data.load_data`; name and
         path both empty: nothing is evaluated.
+      pool_path: run directory of the same teacher whose noise images are taken; empty: new ones.
       train_path, train_images: folder of real images for `method.images='folder'`, and how many.
       student: how the student is quantized.
       preset: name of the method's preset.
@@ -46,6 +47,7 @@ class RunSettings:
     data_name: str
     data_path: str
     data_split: str
+    pool_path: str
     train_path: str
     train_images: int
     student: QuantSpec
@@ -81,6 +83,7 @@ def base_config() -> ConfigDict:
                 "name": "digits",
                 "path": "",
                 "split": "test",
+                "pool_path": "",
                 "train_path": "",
                 "train_images": 1024,
             },
@@ -192,6 +195,7 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
         data_name=config.data.name,
         data_path=config.data.path,
         data_split=config.data.split,
+        pool_path=config.data.pool_path,
         train_path=config.data.train_path,
         train_images=config.data.train_images,
         student=student,

@@ -24,6 +24,7 @@ from lrq_jax.sharding import data_mesh
 from lrq_jax.synthesis.generator import GeneratorSpec
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.loop import TrainingLoop
+from lrq_jax.training.noise_pool import check_pool
 from lrq_jax.training.steps import StepSpec, final_student
 from lrq_jax.writers.codes import frozen_from_codes, load_student, save_student
 
@@ -134,6 +135,8 @@ def prepare(teacher: Teacher, settings: RunSettings, data: EvalData | None, work
     if data is not None:
         check_data(data, teacher)
     config = {**settings.to_dict(), "teacher_sha256": teacher_hash(teacher)}
+    if settings.pool_path:
+        check_pool(settings.pool_path, config)
     return Job(
         teacher=teacher,
         settings=settings,

@@ -242,6 +242,7 @@ def test_settings_carry_every_other_field_and_hash():
         "data_name": "",
         "data_path": "p",
         "data_split": "s",
+        "pool_path": "",
         "train_path": "",
         "train_images": 1024,
         "preset": "lrq",

@@ -1,5 +1,6 @@
 """The host loop: resuming, killing, diverging, the pool of noise images."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -19,6 +20,7 @@ from lrq_jax.sharding import data_mesh
 from lrq_jax.training import noise_pool
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.errors import TrainingDiverged
+from lrq_jax.training.loop import TrainingLoop
 from lrq_jax.writers.codes import load_student
 
 REPOSITORY = Path(__file__).parents[1]
@@ -159,6 +161,35 @@ def test_an_interrupted_pool_is_finished_with_the_same_images(teacher, tmp_path,
     np.testing.assert_array_equal(whole.labels, finished.labels)
     other = noise_pool.synthesize_pool(spec, variables, tmp_path / "other", seed=4)
     assert not np.array_equal(whole.images, other.images)
+
+
+def test_a_pool_is_used_again_by_a_student_of_other_bits(teacher, tmp_path):
+    settings = tiny_settings(images="noise")
+    first = prepare(teacher, settings, None, tmp_path / "first")
+    made = TrainingLoop(first.spec, teacher, settings, first.run).pool()
+
+    def start_again(name, settings):
+        other = dataclasses.replace(settings, pool_path=str(tmp_path / "first"))
+        return prepare(teacher, other, None, tmp_path / name)
+
+    student = dataclasses.replace(settings.student, weight_bits=3)
+    second = start_again("second", dataclasses.replace(settings, student=student))
+    taken = TrainingLoop(second.spec, teacher, second.settings, second.run).pool()
+    np.testing.assert_array_equal(made.images, taken.images)
+    np.testing.assert_array_equal(made.labels, taken.labels)
+    assert not (tmp_path / "second" / "pool").exists()
+
+    with pytest.raises(ValueError, match=r"pool of other images.*\n.*seed: 0 -> 5\n"):
+        start_again("other seed", dataclasses.replace(settings, seed=5))
+    method = dataclasses.replace(settings.method, noise_iterations=4)
+    with pytest.raises(ValueError, match=r"method\.noise_iterations: 3 -> 4"):
+        start_again("other images", dataclasses.replace(settings, method=method))
+    (tmp_path / "first" / "pool" / "batch_001.npz").unlink()
+    with pytest.raises(ValueError, match=r"found no batch_001\.npz .*expected a finished pool"):
+        start_again("third", settings)
+    (tmp_path / "first" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"data\.pool_path: found no run in"):
+        start_again("fourth", settings)
 
 
 @pytest.mark.parametrize("preset", ["lrq_released", "gdfq", "fast"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -115,7 +116,7 @@ class TrainingLoop:
             return state
         arguments: tuple[Any, ...] = (self._variables,)
         if phase.step in (steps.pool_step, steps.pool_calibration_step):
-            arguments += self._pool()
+            arguments += self.pool()
         done = start
         per_call = min(
             steps_per_dispatch(self._settings.steps_per_dispatch, self._spec.mesh),
@@ -173,7 +174,8 @@ class TrainingLoop:
         self._add_time("compilation", clock)
         return program
 
-    def _pool(self) -> Pool:
+    def pool(self) -> Pool:
+        """The images the student trains on, if not live ones: made, taken or read at first use."""
         if self._made_pool is not None:
             return self._made_pool
         clock = time.monotonic()
@@ -189,7 +191,9 @@ class TrainingLoop:
             )
             self._add_time("reading of real images", clock)
         else:
-            pool = synthesize_pool(self._spec, self._variables, self._run.pool, seed=settings.seed)
+            earlier = settings.pool_path
+            directory = Path(earlier) / self._run.pool.name if earlier else self._run.pool
+            pool = synthesize_pool(self._spec, self._variables, directory, seed=settings.seed)
             self._add_time("image synthesis", clock)
         preview = np.linspace(0, len(pool.labels) - 1, _GRID_IMAGES).astype(int)
         labels = np.asarray(pool.labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrq_jax import losses
+from lrq_jax.config import differences
 from lrq_jax.console import Progress, say
 from lrq_jax.losses.margin import Centers
 from lrq_jax.training import noise_steps
@@ -29,6 +31,57 @@ class Pool(NamedTuple):
 
     images: jax.Array
     labels: jax.Array
+
+
+def check_pool(path: str, config: dict[str, Any]) -> None:
+    """Finds out whether an earlier run's noise images are those that this run would make.
+
+    Args:
+      path: its run directory.
+      config: what this run's config.json holds.
+
+    Raises:
+      ValueError: no finished pool there, or one of another teacher, seed or synthesis.
+    """
+    directory = Path(path)
+    try:
+        earlier = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        found = _recipe(earlier)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"data.pool_path: found no run in {path} ({error!r}), expected the run directory of an "
+            "earlier run with method.images='noise'"
+        ) from error
+    if changed := differences(found, _recipe(config)):
+        raise ValueError(
+            f"data.pool_path: found a pool of other images in {path}:\n  "
+            + "\n  ".join(changed)
+            + "\nexpected the same; leave data.pool_path empty to make new images"
+        )
+    missing = [
+        name
+        for name in map(_batch_name, range(found["method"]["noise_batches"]))
+        if not (directory / "pool" / name).exists()
+    ]
+    if missing:
+        raise ValueError(
+            f"data.pool_path: found no {missing[0]} in {directory / 'pool'}, expected a finished "
+            "pool; let that run finish its image synthesis first"
+        )
+
+
+def _recipe(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that a pool's images depend on."""
+    method = {k: v for k, v in config["method"].items() if k.startswith(("noise_", "ama_"))}
+    return {
+        "teacher_sha256": config["teacher_sha256"],
+        "seed": config["seed"],
+        "method": {"adam_epsilon": config["method"]["adam_epsilon"], **method},
+    }
+
+
+def _batch_name(number: int) -> str:
+    return f"batch_{number:03d}.npz"
 
 
 def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int) -> Pool:
@@ -53,7 +106,7 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
     finish = jax.jit(noise_steps.finished_noise, static_argnames="spec")
     program, batches = None, []
     for number in range(method.noise_batches):
-        path = directory / f"batch_{number:03d}.npz"
+        path = directory / _batch_name(number)
         if not path.exists():
             state = noise_steps.initial_noise(spec, jax.random.fold_in(key, number), centers)
             state = put_replicated(state, mesh)
