@@ -37,7 +37,26 @@ ABLATIONS = {
     "no margin": ["--config.method.ama_weight=0.0"],
     "plain distillation": ["--config.method.student_loss=kd"],
 }
+
+
+def _bits(weights: int, activations: int) -> list[str]:
+    return [f"--config.student.weight_bits={weights}", f"--config.student.act_bits={activations}"]
+
+
+REAL = ["--config.method.images=folder"]
+POLICY_R = ["--config.student.policy=R"]
+FAST = {
+    **{f"U W4A4 seed {seed}": [f"--config.seed={seed}"] for seed in (0, 1, 2)},
+    "U W3A3 seed 0": _bits(3, 3),
+    "U W5A5 seed 0": _bits(5, 5),
+    "U W4A4 real images": REAL,
+    "U W3A3 real images": [*REAL, *_bits(3, 3)],
+    "R W4A4 seed 0": POLICY_R,
+    "R W3A3 seed 0": [*POLICY_R, *_bits(3, 3)],
+    "R W2A4 seed 0": [*POLICY_R, *_bits(2, 4)],
+}
 SUITES = {
+    "fast": ("configs/fast.py", FAST),
     "r20_cifar10": ("configs/r20_cifar10.py", R20),
     "r20_cifar10_ablation": (
         "configs/r20_cifar10.py",
@@ -66,6 +85,8 @@ def main() -> None:
     parser.add_argument("--suite", choices=sorted(SUITES), required=True)
     parser.add_argument("--teacher", help="converted teacher; default: the config's")
     parser.add_argument("--data", help="folder of labelled test images; default: the config's")
+    parser.add_argument("--label", help="of the teacher, added to the log's name: SUITE_LABEL")
+    parser.add_argument("--train-data", help="real training images, for cells that are ceilings")
     parser.add_argument("--out", default="results", type=Path)
     parser.add_argument("--runs", default="runs", type=Path, help="where run directories go")
     parser.add_argument("--jobs", default=1, type=int, help="runs at a time")
@@ -73,7 +94,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config, cells = SUITES[arguments.suite]
     arguments.out, arguments.runs = arguments.out.resolve(), arguments.runs.resolve()
-    log = arguments.out / f"{arguments.suite}.jsonl"
+    name = "_".join(part for part in (arguments.suite, arguments.label) if part)
+    log = arguments.out / f"{name}.jsonl"
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = log.read_text().splitlines() if log.exists() else []
     done = {json.loads(line)["cell"] for line in lines}
@@ -86,15 +108,20 @@ def main() -> None:
     lock = threading.Lock()
 
     def run(cell: str) -> None:
-        workdir = arguments.runs / arguments.suite / cell.replace(" ", "_").replace(",", "")
+        workdir = arguments.runs / name / cell.replace(" ", "_").replace(",", "")
         flags = [f"--config={config}", *cells[cell]]
+        files = list(inputs)
+        if REAL[0] in flags:
+            files.append(f"--config.data.train_path={Path(arguments.train_data).resolve()}")
+        elif pool := _pool_of(workdir, flags):
+            files.append(f"--config.data.pool_path={pool}")
         share = shares.get()
         try:
-            _run(flags + inputs, workdir, share)
+            _run(flags + files, workdir, share)
         finally:
             shares.put(share)
         report = json.loads((workdir / "report.json").read_text())
-        for part in ("teacher_path", "data_path"):
+        for part in ("teacher_path", "data_path", "train_path", "pool_path"):
             report["settings"][part] = Path(report["settings"][part]).name
         entry = {
             "cell": cell,
@@ -109,9 +136,25 @@ def main() -> None:
         print(f"{cell}: drop {report['drop']}, student {report['student']['top1']}", flush=True)
 
     missing = [cell for cell in cells if cell not in done and (arguments.only or "") in cell]
+    if not arguments.train_data:
+        missing = [cell for cell in missing if REAL[0] not in cells[cell]]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         for future in concurrent.futures.as_completed([pool.submit(run, c) for c in missing]):
             future.result()
+
+
+def _pool_of(workdir: Path, flags: list[str]) -> Path | None:
+    """A finished run of the same suite and seed whose noise images this run can take; the one it
+    took before, if it is a second start."""
+    own = workdir / "config.json"
+    if own.exists():
+        return json.loads(own.read_text())["pool_path"] or None
+    seed = next((int(flag.rpartition("=")[2]) for flag in flags if "config.seed=" in flag), 0)
+    for report in sorted(workdir.parent.glob("*/report.json")):
+        settings = json.loads(report.read_text())["settings"]
+        if (report.parent / "pool").exists() and settings["seed"] == seed:
+            return report.parent
+    return None
 
 
 def _processor_shares(jobs: int) -> queue.Queue[set[int]]:
