@@ -1,5 +1,6 @@
 """The host loop: resuming, killing, diverging, the pool of noise images."""
 
+import itertools
 import json
 import re
 import signal
@@ -161,8 +162,13 @@ def test_an_interrupted_pool_is_finished_with_the_same_images(teacher, tmp_path,
     assert not np.array_equal(whole.images, other.images)
 
 
-@pytest.mark.parametrize("preset", ["lrq_released", "gdfq", "fast"])
-@pytest.mark.parametrize("placement", ["integer", "paper"])
+@pytest.mark.parametrize(
+    ("preset", "placement"),
+    [
+        *itertools.product(("lrq_released", "gdfq", "fast"), ("integer", "paper")),
+        ("squant", "integer"),
+    ],
+)
 def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, placement):
     from lrq_jax.config import base_config, resolve
 

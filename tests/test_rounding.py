@@ -4,7 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_networks import mobilenet_like, random_images, random_variables
 
+from lrq_jax.passes import QuantSpec, Student, calibrate, freeze, frozen_logits, student_forward
+from lrq_jax.passes.kernels import weight_ranges
+from lrq_jax.passes.rounding import rounded_weights
 from lrq_jax.quantizers.affine import AffineParameters, quantize_weight, weight_parameters
 from lrq_jax.quantizers.rounding import ROUNDINGS, nearest, squant, weight_at_codes
 
@@ -56,16 +60,16 @@ def squant_by_loops(value, zero_point, low, high):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_squant_equals_the_loops(shape, bits):
     moved = 0
-    for seed in range(20):
+    for seed in range(5):
         weight, parameters, case = exact_case(shape, bits, seed)
         expected = squant_by_loops(*case) + case[1]
         found = np.asarray(_squant(weight, parameters, bits))
         np.testing.assert_array_equal(found, expected)
         moved += (found != np.asarray(_nearest(weight, parameters, bits))).sum()
-    assert moved > 20
+    assert moved > 5
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+@pytest.mark.parametrize("bits", [2, 7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_errors_of_squant_cancel_in_every_kernel_and_channel(shape, bits, rng):
     """Any weights: each code is one of its weight's two neighbours, in range; |sum| <= 1/2 over a
@@ -107,3 +111,48 @@ def test_a_weight_at_its_codes_rounds_to_them_and_moves_as_little_as_it_must(rou
     distance = np.abs(np.float64(moved) - np.float64(weight)) / np.float64(parameters.scale)
     to_cell = np.abs(np.asarray(codes - parameters.zero_point) - weight / parameters.scale) - 0.5
     assert (distance <= np.maximum(to_cell, 0) + 0.05 + 1e-4).all()
+
+
+def test_a_rounded_student_trains_and_ships_with_the_codes_that_were_chosen():
+    """Depthwise layers, negative gains and one of 0; the range search would find other ranges in
+    the moved kernels."""
+    graph = mobilenet_like()
+    spec = QuantSpec(weight_bits=3, weight_observer="smallest_error")
+    student = Student(graph=graph, spec=spec, input_range=(-2.0, 2.5))
+    before = student.initial_variables(random_variables(graph))
+    after = rounded_weights(student, before, "squant")
+
+    @jax.jit
+    def forwards(variables, images):
+        _, variables = calibrate(student, variables, images)
+        frozen = freeze(student, variables)
+        trained = student_forward(student, variables, images, (graph.output,))[graph.output]
+        return frozen, trained, frozen_logits(student, frozen, images)
+
+    frozen, trained, shipped = forwards(after, random_images(5))
+    np.testing.assert_array_equal(trained, shipped)
+    ranges, moved = weight_ranges(spec, student.operations, before["params"]), 0
+    for op in student.operations:
+        if not op.weight_bits:
+            continue
+        kernel = before["params"][op.layer.name]["kernel"]
+        parameters = weight_parameters(**ranges[op.layer.name], bits=3)
+        chosen = _squant(kernel, parameters, 3)
+        moved += int((chosen != _nearest(kernel, parameters, 3)).sum())
+        found = frozen["weights"][op.layer.name].codes
+        if op.batch_norm:
+            gain = after["params"][op.batch_norm.name]["scale"]
+            chosen = jnp.where(gain < 0, 7 - chosen, chosen)
+            found = jnp.where(gain == 0, chosen, found)  # a constant channel has no weights
+        np.testing.assert_array_equal(found, chosen, err_msg=op.layer.name)
+    assert moved > 10
+
+
+def test_a_rounding_for_the_paper_placement_is_refused():
+    graph = mobilenet_like()
+    spec = QuantSpec(placement="paper")
+    student = Student(graph=graph, spec=spec, input_range=(-2.0, 2.5))
+    variables = student.initial_variables(random_variables(graph))
+    assert rounded_weights(student, variables, "nearest") is variables
+    with pytest.raises(ValueError, match=r"rounding: found 'squant' for placement 'paper'"):
+        rounded_weights(student, variables, "squant")
