@@ -196,4 +196,12 @@ def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, place
     assert json.loads(lines[-1])["step"] == 4
     assert (tmp_path / "run" / "pool").exists() == (preset != "gdfq")
     made = {path.stem.partition("_")[0] for path in (tmp_path / "run" / "images").glob("*.png")}
-    assert made == {"lrq_released": {"pool", "step"}, "gdfq": {"step"}, "fast": {"pool"}}[preset]
+    assert (
+        made
+        == {
+            "lrq_released": {"pool", "step"},
+            "gdfq": {"step"},
+            "fast": {"pool"},
+            "squant": {"pool"},
+        }[preset]
+    )
