@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small_networks import GRAPHS, random_images, random_variables, resnet_like
 
+from lrq_jax.graph import GraphBuilder
 from lrq_jax.method import Method
 from lrq_jax.passes import (
     QuantSpec,
@@ -102,10 +103,19 @@ METHOD = Method(
 )
 
 
+def one_block():
+    """As little as has a residual block, a layer without batch norm and one without codes."""
+    net = GraphBuilder("one_block", input_shape=(8, 8, 3))
+    x = net.relu(net.batch_norm(net.conv(net.image, 4, 3)))
+    x = net.relu(net.add(x, net.batch_norm(net.conv(x, 4, 3))))
+    net.dense(net.global_pool(x), 5, name="classifier")
+    return net.build()
+
+
 @pytest.fixture(scope="module")
 def rebuilt():
     """A calibrated student before and after, with its images."""
-    student, x = student_of(resnet_like), random_images(2, batch=64)
+    student, x = student_of(one_block), random_images(2, batch=64)
     before = student.initial_variables(random_variables(student.graph))
     _, before = jax.jit(lambda v, x: calibrate(student, v, x))(before, x)
     return student, before, reconstructed(student, before, x, METHOD, jax.random.key(0)), x

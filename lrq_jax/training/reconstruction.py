@@ -126,7 +126,9 @@ def initial_block(student: Student, block: Block, variables: Variables, method: 
             for op in block.operations
             if op.weight_bits
         },
-        "stretch": {op.output: stretch[op.output] for op in block.operations if op.output_bits},
+        "stretch": {  # copies: the state is donated
+            op.output: jnp.array(stretch[op.output]) for op in block.operations if op.output_bits
+        },
     }
     return BlockState(jnp.int32(0), trainable, _optimizer(method).init(trainable))
 
