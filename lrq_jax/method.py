@@ -12,10 +12,12 @@ import math
 
 from lrq_jax.losses.distillation import REDUCTIONS
 from lrq_jax.losses.statistics import STATISTICS
+from lrq_jax.quantizers.rounding import ROUNDINGS
 from lrq_jax.synthesis.augmentation import AUGMENTATIONS
 from lrq_jax.synthesis.generator import ATTENTION_PLACES, CONDITIONINGS
 
 IMAGE_SOURCES = ("generator", "noise", "folder")
+ROUNDING_NAMES = (*ROUNDINGS, "adaround")
 CALIBRATION_SOURCES = ("generator", "pool")
 NOISE_TARGETS = ("probability", "cross_entropy")
 NOISE_SCHEDULES = ("plateau", "cosine")
@@ -42,6 +44,17 @@ class Method:
     latent_dim: int = 100  # length of the noise vector
     generator_width: int = 128  # channels of the generator's first block
     batch_size: int = 200  # images a step, all devices together
+    # --- the student before its first step ---
+    equalize: bool = False  # cross-layer equalization (arXiv 1906.04721), same float network
+    rounding: str = "nearest"  # nearest | squant (2202.07471) | adaround (2004.10568, on the pool)
+    bias_correction: bool = False  # of nearest and squant, from batch norms (1906.04721)
+    reconstruction_iterations: int = 20_000  # adaround: of every block (BRECQ, 2102.05426)
+    reconstruction_batch_size: int = 32  # images an iteration
+    reconstruction_learning_rate: float = 1e-3  # Adam, of the choices between floor and ceiling
+    reconstruction_step_rate: float = 4e-5  # Adam on a cosine, of log activation steps (QDrop)
+    reconstruction_regularizer: float = 0.01  # weight of choices not made (AdaRound's lambda)
+    reconstruction_warmup: float = 0.2  # share of the iterations before that weight counts
+    reconstruction_drop: float = 0.5  # activations left unquantized (QDrop, 2203.05740)
     # --- schedule, in steps ---
     steps: int = 80_000  # student steps after the warm-up; 0: calibrate ranges and report
     warmup_steps: int = 800  # generator alone
@@ -109,6 +122,7 @@ class Method:
             ("generator_schedule", SCHEDULES),
             ("ama_center", CENTERS),
             ("calibration_images", CALIBRATION_SOURCES),
+            ("rounding", ROUNDING_NAMES),
             ("augmentation", tuple(AUGMENTATIONS)),
             ("noise_schedule", NOISE_SCHEDULES),
             ("noise_statistics", tuple(STATISTICS)),
@@ -121,20 +135,24 @@ class Method:
                 )
         for name in ("batch_size", "calibration_steps", "latent_dim", "generator_width",
                      "noise_batches", "noise_batch_size", "noise_iterations",
-                     "noise_plateau_patience"):  # fmt: skip
+                     "noise_plateau_patience", "reconstruction_iterations",
+                     "reconstruction_batch_size"):  # fmt: skip
             self._check(name, minimum=1)
         for name in ("steps", "warmup_steps", "calibration_start", "class_weight", "bns_weight",
                      "ama_weight", "ce_weight", "distill_weight", "dkd_beta",
-                     "student_weight_decay", "noise_bns_weight", "noise_target_weight"):  # fmt: skip
+                     "student_weight_decay", "noise_bns_weight", "noise_target_weight",
+                     "reconstruction_regularizer"):  # fmt: skip
             self._check(name, minimum=0)
         for name in ("temperature", "gradient_clip", "student_learning_rate",
                      "step_size_learning_rate", "generator_learning_rate", "noise_learning_rate",
-                     "noise_smallest_rate", "adam_epsilon"):  # fmt: skip
+                     "noise_smallest_rate", "adam_epsilon", "reconstruction_learning_rate",
+                     "reconstruction_step_rate"):  # fmt: skip
             self._check(name, minimum=1e-12)
         # at 1 an average never moves
         for name in ("student_momentum", "generator_beta1", "noise_beta1", "average_decay"):
             self._check(name, minimum=0, maximum=0.9999)
-        for name in ("noise_lowest_target", "noise_augment_probability"):
+        for name in ("noise_lowest_target", "noise_augment_probability", "reconstruction_warmup",
+                     "reconstruction_drop"):  # fmt: skip
             self._check(name, minimum=0, maximum=1)
         self._check("ama_margin", minimum=0, maximum=math.pi)
         for name in ("ama_lower", "ama_upper"):  # of 1 - cosine

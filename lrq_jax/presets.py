@@ -118,6 +118,25 @@ def fast(*, large_images: bool) -> Preset:
     return Preset(method=method, student=student)
 
 
+def squant(*, large_images: bool) -> Preset:
+    """SQuant (arXiv 2202.07471): no training. Weights are rounded so that errors cancel; a few
+    images, matched to the batch norms for seconds, set the activation ranges [open]."""
+    base = fast(large_images=large_images)
+    return Preset(
+        method=dataclasses.replace(
+            base.method,
+            rounding="squant",
+            steps=0,
+            warmup_steps=2,
+            calibration_steps=2,
+            noise_batches=1,
+            noise_batch_size=16 if large_images else 64,
+            noise_iterations=20,
+        ),
+        student=dataclasses.replace(base.student, learned_steps="none"),
+    )
+
+
 def _changed(preset: Preset, **method: object) -> Preset:
     return dataclasses.replace(preset, method=dataclasses.replace(preset.method, **method))
 
@@ -127,6 +146,7 @@ PRESETS: dict[str, Callable[..., Preset]] = {
     "gdfq": gdfq,
     "lrq": lrq,
     "lrq_released": lrq_released,
+    "squant": squant,
 }
 """Preset by name, for a size class of images."""
 

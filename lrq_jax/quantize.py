@@ -53,6 +53,12 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh |
         _ = student.operations  # refuses impossible overrides now, not at the first step
     except ValueError as error:
         raise ValueError(f"student.{error}") from error
+    for name, neutral in (("rounding", "nearest"), ("bias_correction", False)):
+        if getattr(method, name) != neutral and not student.is_integer:
+            raise ValueError(
+                f"method.{name}: found {getattr(method, name)!r} with student.placement="
+                f"{settings.student.placement!r}, expected {neutral!r} or the integer placement"
+            )
     names = ("batch_size", "noise_batch_size") if method.images == "noise" else ("batch_size",)
     devices = 1 if mesh is None else mesh.devices.size
     for name in names:

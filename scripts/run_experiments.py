@@ -37,6 +37,29 @@ ABLATIONS = {
     "no margin": ["--config.method.ama_weight=0.0"],
     "plain distillation": ["--config.method.student_loss=kd"],
 }
+INGREDIENTS = {
+    "squant": [],
+    "nearest": ["--config.method.rounding=nearest"],
+    "nearest, bias correction": [
+        "--config.method.rounding=nearest",
+        "--config.method.bias_correction",
+    ],
+    "nearest, equalized": ["--config.method.rounding=nearest", "--config.method.equalize"],
+    "squant, equalized": ["--config.method.equalize"],
+    "squant, equalized, bias correction": [
+        "--config.method.equalize",
+        "--config.method.bias_correction",
+    ],
+    "adaround": [
+        "--config.method.rounding=adaround",
+        "--config.method.reconstruction_iterations=300",
+        "--config.method.reconstruction_learning_rate=0.01",
+        "--config.method.reconstruction_step_rate=0.001",
+        "--config.method.noise_batch_size=128",
+        "--config.method.noise_batches=4",
+        "--config.method.noise_iterations=250",
+    ],
+}
 
 
 def _bits(weights: int, activations: int) -> list[str]:
@@ -57,6 +80,8 @@ FAST = {
 }
 SUITES = {
     "fast": ("configs/fast.py", FAST),
+    "ingredients": ("configs/squant.py", INGREDIENTS),
+    "ingredients_depthwise": ("configs/squant.py", INGREDIENTS),
     "r20_cifar10": ("configs/r20_cifar10.py", R20),
     "r20_cifar10_ablation": (
         "configs/r20_cifar10.py",

@@ -1,6 +1,7 @@
 """The host loop: resuming, killing, diverging, the pool of noise images."""
 
 import dataclasses
+import itertools
 import json
 import re
 import signal
@@ -192,8 +193,13 @@ def test_a_pool_is_used_again_by_a_student_of_other_bits(teacher, tmp_path):
         start_again("fourth", settings)
 
 
-@pytest.mark.parametrize("preset", ["lrq_released", "gdfq", "fast"])
-@pytest.mark.parametrize("placement", ["integer", "paper"])
+@pytest.mark.parametrize(
+    ("preset", "placement"),
+    [
+        *itertools.product(("lrq_released", "gdfq", "fast"), ("integer", "paper")),
+        ("squant", "integer"),
+    ],
+)
 def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, placement):
     from lrq_jax.config import base_config, resolve
 
@@ -221,4 +227,12 @@ def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, place
     assert json.loads(lines[-1])["step"] == 4
     assert (tmp_path / "run" / "pool").exists() == (preset != "gdfq")
     made = {path.stem.partition("_")[0] for path in (tmp_path / "run" / "images").glob("*.png")}
-    assert made == {"lrq_released": {"pool", "step"}, "gdfq": {"step"}, "fast": {"pool"}}[preset]
+    assert (
+        made
+        == {
+            "lrq_released": {"pool", "step"},
+            "gdfq": {"step"},
+            "fast": {"pool"},
+            "squant": {"pool"},
+        }[preset]
+    )

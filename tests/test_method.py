@@ -128,6 +128,11 @@ def test_calibration_past_the_warmup_is_refused():
         Method(warmup_steps=0)
 
 
+def test_an_unknown_rounding_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"rounding: found 'up', expected one of .*squant"):
+        Method(rounding="up")
+
+
 def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'LRQ', expected one of .*'gdfq', 'lrq', 'lrq_released'"):
         preset("LRQ", image_size=32)

@@ -24,6 +24,7 @@ from lrq_jax.passes.integer_forward import (
     execute,
     integer_forward,
 )
+from lrq_jax.passes.kernels import kernel_parameters, kernel_range, weight_ranges
 from lrq_jax.passes.plan import (
     LEARNED_STEPS,
     Operation,
@@ -43,7 +44,6 @@ from lrq_jax.quantizers.affine import (
     lineage_parameters,
     quantize_weight,
     top_code,
-    weight_parameters,
 )
 from lrq_jax.quantizers.ranges import OBSERVERS, initial_ranges, stretched, track
 
@@ -97,13 +97,11 @@ class Student:
                 for layer in self.graph.weighted
             },
         }
-        held = {
-            op.layer.name: _observed_range(
-                self.spec, kernels[op.layer.name]["kernel"], op.weight_bits
-            )
-            for op in self.operations
-            if op.weight_bits and self.spec.learns_weight_steps
-        }
+        held = (
+            weight_ranges(self.spec, self.operations, kernels)
+            if self.spec.learns_weight_steps
+            else {}
+        )
         return {
             "params": teacher_variables["params"],
             "batch_stats": teacher_variables["batch_stats"],
@@ -205,10 +203,8 @@ def quantize_weights(operation: Operation, variables: Variables, spec: QuantSpec
         codes, zero_point = jnp.ones(channels), jnp.zeros(channels)
         scale, bias = jnp.ones(channels), jnp.zeros(channels)
     else:
-        bits = operation.weight_bits
-        kernel = params[layer.name]["kernel"]
-        limits = _kernel_range(spec, variables, layer, bits)
-        parameters = weight_parameters(**limits, bits=bits)
+        bits, kernel = operation.weight_bits, params[layer.name]["kernel"]
+        parameters = kernel_parameters(spec, variables, operation)
         codes = quantize_weight(kernel, parameters, bits, clip_mask=spec.learns_weight_steps)
         scale, zero_point = parameters
         bias = params[layer.name]["bias"] if layer.use_bias else jnp.zeros(scale.shape)
@@ -245,7 +241,7 @@ def freeze(student: Student, variables: Variables) -> dict[str, Any]:
             f"found placement {student.spec.placement!r}, expected 'integer': only it is an "
             "integer network; set student.placement='integer'"
         )
-    tensors = _frozen_tensors(student, variables)
+    tensors = tensor_parameters(student, variables)
     source = _training_source(student, variables)
     weights = {
         op.layer.name: source.weights(op, tensors[student.origins[op.inputs[0]]].scale)
@@ -296,7 +292,7 @@ def paper_weight_codes(student: Student, variables: Variables) -> dict[str, dict
         if operation.weight_bits is None:
             continue
         bits, kernel = operation.weight_bits, variables["params"][operation.layer.name]["kernel"]
-        limits = _kernel_range(student.spec, variables, operation.layer, bits)
+        limits = kernel_range(student.spec, variables, operation)
         scale, offset = lineage_parameters(limits["low"], limits["high"], bits)
         codes = lineage_codes(kernel, scale, offset, bits) + 2 ** (bits - 1)
         stored[operation.layer.name] = {
@@ -305,20 +301,6 @@ def paper_weight_codes(student: Student, variables: Variables) -> dict[str, dict
             "offset": offset.astype(jnp.int32),
         }
     return stored
-
-
-def _kernel_range(spec: QuantSpec, variables: Variables, layer: L.Layer, bits: int) -> dict[str, jax.Array]:  # fmt: skip
-    """Range `[C_out]` of each output channel's weights: that of the weights as they are now, or,
-    where steps are learned, the teacher's, stretched. Gradients reach the stretch alone."""
-    quant = variables["quant"]
-    limits = quant["weights"].get(layer.name)
-    if limits is None:
-        limits = _observed_range(spec, variables["params"][layer.name]["kernel"], bits)
-    return stretched(jax.lax.stop_gradient(limits), quant["stretch"]["weights"][layer.name])
-
-
-def _observed_range(spec: QuantSpec, kernel: jax.Array, bits: int) -> dict[str, jax.Array]:
-    return OBSERVERS[spec.weight_observer](kernel, tuple(range(kernel.ndim - 1)), bits)
 
 
 def _activation_range(variables: Variables, name: str) -> dict[str, jax.Array]:
@@ -332,7 +314,8 @@ def _parameters(limits: dict[str, jax.Array], bits: int) -> AffineParameters:
     return affine_parameters(limits["low"], limits["high"], bits)
 
 
-def _frozen_tensors(student: Student, variables: Variables) -> dict[str, AffineParameters]:
+def tensor_parameters(student: Student, variables: Variables) -> dict[str, AffineParameters]:
+    """Scale and zero point of every tensor with codes of its own, from the ranges as they are."""
     return {
         name: _parameters(_activation_range(variables, name), bits)
         for name, bits in student.code_bits.items()
@@ -340,7 +323,7 @@ def _frozen_tensors(student: Student, variables: Variables) -> dict[str, AffineP
 
 
 def _training_source(student: Student, variables: Variables) -> Source:
-    tensors = _frozen_tensors(student, variables)
+    tensors = tensor_parameters(student, variables)
     return Source(
         weights=lambda op, scale: quantize_weights(op, variables, student.spec, scale),
         tensor=lambda name, bits, real: tensors[name],
@@ -355,12 +338,13 @@ def _paper_forward(student: Student, variables: Variables, images: jax.Array,
                    outputs: Iterable[str], range_of: Any) -> dict[str, jax.Array]:  # fmt: skip
     """Float forward with fake-quantized kernels and activations (the lineage's placement)."""
     spec = student.spec
-    weight_bits = {op.layer.name: op.weight_bits for op in student.operations}
+    weighted = {op.layer.name: op for op in student.operations if op.weight_bits}
     act_bits = {op.output: op.output_bits for op in student.operations}
 
     def kernel_transform(layer: L.Layer, kernel: jax.Array) -> jax.Array:
-        bits = weight_bits[layer.name]
-        return lineage_fake_quant(kernel, **_kernel_range(spec, variables, layer, bits), bits=bits)
+        operation = weighted[layer.name]
+        limits = kernel_range(spec, variables, operation)
+        return lineage_fake_quant(kernel, **limits, bits=operation.weight_bits)
 
     def activation_transform(layer: L.Layer, values: jax.Array) -> jax.Array:
         bits = act_bits[layer.name]

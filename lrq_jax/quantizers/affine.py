@@ -73,7 +73,12 @@ def quantize(x: jax.Array, parameters: AffineParameters, bits: int, *, clip_mask
 
 def quantize_weight(x: jax.Array, parameters: AffineParameters, bits: int, *, clip_mask: bool = False) -> jax.Array:  # fmt: skip
     """Codes of weights under `weight_parameters`; otherwise as `quantize`."""
-    return _quantize(x, parameters, int(bits >= SYMMETRIC_BITS), top_code(bits), clip_mask)
+    return _quantize(x, parameters, *weight_code_limits(bits), clip_mask)
+
+
+def weight_code_limits(bits: int) -> tuple[int, int]:
+    """Smallest and largest code of weights: symmetric codes leave 0 out."""
+    return int(bits >= SYMMETRIC_BITS), top_code(bits)
 
 
 def _quantize(x: jax.Array, parameters: AffineParameters, lowest: int, highest: int, clip_mask: bool) -> jax.Array:  # fmt: skip

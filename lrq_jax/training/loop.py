@@ -23,10 +23,13 @@ from lrq_jax.training.compilation import compile_step, put_replicated, steps_per
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.noise_pool import Pool, synthesize_pool
 from lrq_jax.training.real_pool import read_pool
+from lrq_jax.training.reconstruction import reconstructed
 from lrq_jax.training.steps import StepSpec, TrainState
 
 STUDENT_LOSS = "student/loss"
 _GRID_IMAGES = 40
+_REBUILD_STREAM = 2
+"""Folded into the run's seed, as the pool's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,8 @@ class Phase:
 def phases(spec: StepSpec) -> tuple[Phase, ...]:
     """The phases of a method, in order; empty ones left out.
 
-    The warm-up (with the calibration of activation ranges inside it), then the student.
+    The warm-up (with the calibration of activation ranges inside it), the reconstruction of the
+    student's blocks, which counts as one step, then the student's training.
     """
     method = spec.method
     begin, end = method.calibration_start, method.calibration_start + method.calibration_steps
@@ -50,16 +54,13 @@ def phases(spec: StepSpec) -> tuple[Phase, ...]:
     calibration = steps.calibration_step
     if method.calibration_images == "pool":
         calibration = steps.pool_calibration_step
+    rebuilt = method.warmup_steps + int(method.rounding == "adaround")
     plan = (
         Phase(name="warm-up", step=steps.warmup_step, start=0, stop=begin),
         Phase(name="calibration", step=calibration, start=begin, stop=end),
         Phase(name="warm-up", step=steps.warmup_step, start=end, stop=method.warmup_steps),
-        Phase(
-            name="training",
-            step=student,
-            start=method.warmup_steps,
-            stop=method.warmup_steps + method.steps,
-        ),
+        Phase(name="reconstruction", step=reconstructed, start=method.warmup_steps, stop=rebuilt),
+        Phase(name="training", step=student, start=rebuilt, stop=rebuilt + method.steps),
     )
     return tuple(phase for phase in plan if phase.stop > phase.start)
 
@@ -103,7 +104,8 @@ class TrainingLoop:
             self._run.open_metrics(done)
             try:
                 for phase in phases(self._spec):
-                    state = self._run_phase(phase, state, checkpoints)
+                    run = self._rebuild if phase.step is reconstructed else self._run_phase
+                    state = run(phase, state, checkpoints)
                 self._save("the last step", int(state.step), state, checkpoints)
                 self._write_images(state)
             finally:
@@ -148,6 +150,22 @@ class TrainingLoop:
                     self._save(phase.name, done, state, checkpoints)
                     clock = self._add_time(phase.name, clock)
         self._add_time(phase.name, clock)
+        return state
+
+    def _rebuild(self, phase: Phase, state: TrainState, checkpoints: TrainingCheckpoints) -> TrainState:  # fmt: skip
+        """The phase of one step that learns the student's rounding on the pool."""
+        if int(state.step) >= phase.stop:
+            return state
+        pool, clock = self._pool(), time.monotonic()
+        # Of the seed alone, as the pool: a run stopped in here starts this phase again.
+        key = jax.random.fold_in(jax.random.key(self._settings.seed), _REBUILD_STREAM)
+        student = reconstructed(
+            self._spec.student, state.student, pool.images, self._spec.method, key
+        )
+        state = state._replace(step=state.step + 1, student=student)
+        state = put_replicated(jax.device_get(state), self._spec.mesh)
+        self._add_time(phase.name, clock)
+        self._save(phase.name, phase.stop, state, checkpoints)
         return state
 
     def _save(self, phase: str, done: int, state: TrainState, checkpoints: TrainingCheckpoints) -> None:  # fmt: skip

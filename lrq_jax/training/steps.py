@@ -18,7 +18,11 @@ from lrq_jax.graph import Graph
 from lrq_jax.losses.margin import Centers
 from lrq_jax.method import Method
 from lrq_jax.passes import Student, calibrate, float_forward, float_logits, student_forward
+from lrq_jax.passes.bias_correction import bias_corrected
+from lrq_jax.passes.equalization import equalized
 from lrq_jax.passes.float_forward import Variables
+from lrq_jax.passes.rounding import rounded_weights
+from lrq_jax.quantizers.rounding import ROUNDINGS
 from lrq_jax.sharding import constrain_batch
 from lrq_jax.synthesis.augmentation import AUGMENTATIONS
 from lrq_jax.synthesis.generator import GeneratorSpec, generate, init_generator
@@ -77,11 +81,12 @@ class TrainState(NamedTuple):
 
 
 def initial_state(spec: StepSpec, teacher: Variables, seed: int) -> TrainState:
-    """State before the first step; the student starts at the teacher's weights."""
+    """State before the first step; the student starts at the teacher's weights, prepared as the
+    method says."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     generator = init_generator(spec.generator, init_key)
     copy = jax.tree.map(jnp.array, teacher)  # the state is donated, the teacher is not
-    student = spec.student.initial_variables(copy)
+    student = _prepared_student(spec, copy)
     graph = spec.graph
     return TrainState(
         step=jnp.int32(0),
@@ -93,6 +98,18 @@ def initial_state(spec: StepSpec, teacher: Variables, seed: int) -> TrainState:
         student_opt=student_optimizer(spec.method).init(spec.student.trainable(student)),
         average=initial_average(spec.student.trainable(student), decay=spec.method.average_decay),
     )
+
+
+def _prepared_student(spec: StepSpec, teacher: Variables) -> Variables:
+    """The student of a teacher's weights: equalized, rounded, biases corrected, where asked."""
+    method = spec.method
+    floats = equalized(spec.graph, teacher) if method.equalize else teacher
+    student = spec.student.initial_variables(floats)
+    if method.rounding in ROUNDINGS:
+        student = rounded_weights(spec.student, student, method.rounding)
+    if method.bias_correction:
+        student = bias_corrected(spec.student, student, floats)
+    return student
 
 
 def final_student(state: TrainState, *, spec: StepSpec) -> Variables:

@@ -1,0 +1,21 @@
+"""No training at all (preset `squant`): seconds instead of minutes, for any teacher.
+
+Command:   python -m lrq_jax.main --config=configs/squant.py --workdir=runs/squant \\
+             --config.teacher.path=teachers/r20_cifar10 --config.data.path=DIR_OF_TEST_IMAGES
+Time:      seconds for ResNet-20 at 32 px, after compilation
+Expected:  see results/ingredients.jsonl
+"""
+
+from ml_collections import ConfigDict
+
+from lrq_jax.config import base_config
+
+
+def get_config() -> ConfigDict:
+    """See the module docstring."""
+    config = base_config()
+    config.method.preset = "squant"
+    config.teacher.path = ""  # a converted teacher; `digits` for the embedded one
+    config.data.name = ""
+    config.data.path = ""  # a folder of labelled images; empty: nothing is evaluated
+    return config

@@ -1,0 +1,54 @@
+"""The quantizers of a student's kernels: where their ranges come from, what they are."""
+
+from __future__ import annotations
+
+import jax
+
+from lrq_jax.passes.float_forward import Variables
+from lrq_jax.passes.plan import Operation, QuantSpec
+from lrq_jax.quantizers.affine import (
+    AffineParameters,
+    dequantize,
+    quantize_weight,
+    weight_parameters,
+)
+from lrq_jax.quantizers.ranges import OBSERVERS, Range, stretched
+
+
+def weight_ranges(spec: QuantSpec, operations: tuple[Operation, ...], params: Variables) -> dict[str, Range]:  # fmt: skip
+    """Range `[C_out]` of each kernel's output channels, by layer, as the observer finds it: what
+    `quant["weights"]` holds where ranges no longer follow the weights."""
+    return {
+        op.layer.name: _observed_range(spec, params[op.layer.name]["kernel"], op.weight_bits)
+        for op in operations
+        if op.weight_bits
+    }
+
+
+def kernel_range(spec: QuantSpec, variables: Variables, operation: Operation) -> Range:
+    """Range `[C_out]` of each output channel's weights: the one held, where one is (learned steps,
+    rounded weights), or else that of the weights as they are now; stretched. Gradients reach the
+    stretch alone."""
+    quant, name = variables["quant"], operation.layer.name
+    limits = quant["weights"].get(name)
+    if limits is None:
+        kernel = variables["params"][name]["kernel"]
+        limits = _observed_range(spec, kernel, operation.weight_bits)
+    return stretched(jax.lax.stop_gradient(limits), quant["stretch"]["weights"][name])
+
+
+def kernel_parameters(spec: QuantSpec, variables: Variables, operation: Operation) -> AffineParameters:  # fmt: skip
+    """Scale and zero point `[C_out]` of an operation's kernel, its batch norm left out."""
+    limits = kernel_range(spec, variables, operation)
+    return weight_parameters(**limits, bits=operation.weight_bits)
+
+
+def coarse_kernel(spec: QuantSpec, variables: Variables, operation: Operation) -> jax.Array:
+    """Real values that the codes of an operation's kernel stand for, its batch norm left out."""
+    kernel = variables["params"][operation.layer.name]["kernel"]
+    parameters = kernel_parameters(spec, variables, operation)
+    return dequantize(quantize_weight(kernel, parameters, operation.weight_bits), parameters)
+
+
+def _observed_range(spec: QuantSpec, kernel: jax.Array, bits: int) -> Range:
+    return OBSERVERS[spec.weight_observer](kernel, tuple(range(kernel.ndim - 1)), bits)
