@@ -115,13 +115,27 @@ def without_clip(model):
     model.graph.node.remove(clip)
 
 
+def moved_zero_point(model):
+    """The image's code of 0.0 one lower, in the quantizer and in what reads it."""
+    _, zero = constant(model, quantizer_of(model, "image").input[2])
+    model.graph.initializer.append(onnx.numpy_helper.from_array(zero - 1, "moved"))
+    for node in model.graph.node:
+        if "image.scale" in node.input:
+            node.input[2] = "moved"
+
+
+def quantizer_of(model, tensor):
+    (node,) = [n for n in model.graph.node if n.output[0] == codes_name(tensor)]
+    return node
+
+
 def half_up(model):
     """The image rounded half away from zero: scaled, half a step added, floored."""
     nodes = model.graph.node
-    (index,) = [i for i, n in enumerate(nodes) if n.output[0] == codes_name("image")]
-    quantizer = nodes[index]
+    quantizer = quantizer_of(model, "image")
+    index = list(nodes).index(quantizer)
     _, scale = constant(model, "image.scale")
-    _, zero = constant(model, "image.zero_point")
+    _, zero = constant(model, quantizer.input[2])
     values = {"div": scale, "half": np.float32(0.5 + float(zero)), "lo": np.float32(0), "hi": np.float32(255)}  # fmt: skip
     for name, value in values.items():
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
@@ -149,7 +163,7 @@ FAULTS = {
         m, "conv1.weight.scale", lambda s: np.nextafter(s, np.float32(9))
     ),
     "bias off by one": lambda m: replace(m, "classifier.bias.codes", one_entry(lambda x: x + 1)),
-    "zero point": lambda m: replace(m, "image.zero_point", lambda z: z - 1),
+    "zero point": moved_zero_point,
     "swapped channels": lambda m: replace(m, WEIGHT, swapped),
     "missing clip": without_clip,
     "wrong rounding": half_up,
