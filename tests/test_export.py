@@ -51,18 +51,22 @@ def test_an_export_is_what_it_was_made_of(exported):
     report = json.loads((exported / "report.json").read_text())
     assert report["files"]["model.onnx"] == (exported / "model.onnx").stat().st_size
     assert report["portable_without_vnni"] is True
+    _, variables, _ = calibrated(resnet_like, 4)
+    kernels = sum(layer.get("kernel", np.zeros(0)).size for layer in variables["params"].values())
+    assert 4 * kernels < report["float32_bytes"] < 4 * kernels + 4 * 100
     assert {row["layer"] for row in report["layers"]} > {"conv0", "classifier"}
     assert "licence: (to be filled in" in (exported / "README.md").read_text()
     verdicts = verify.verify(exported)
-    assert [v.runtime.split()[0] for v in verdicts] == ["model.onnx", "onnxruntime", "jaxexport"]
+    names = [verdict.runtime.split()[0] for verdict in verdicts]
+    assert names == ["model.onnx", "model.jaxexport", "onnxruntime", "jaxexport"]
     for verdict in verdicts:
         assert verdict.passed, verdict
         assert verdict.exact
-    assert verdicts[1].images == verify.SYNTHETIC_IMAGES + 64
+    assert verdicts[2].images == verify.SYNTHETIC_IMAGES + 64
 
 
 @pytest.mark.parametrize("settings", [
-    {"input_kind": "uint8", "targets": ("onnx",)},
+    {"input_kind": "uint8", "targets": ("onnx", "orbax")},
     {"weight_storage": "uint4", "batch": 3, "targets": ("onnx", "jax")},
     {"targets": ("onnx", "litert")},
 ])  # fmt: skip
@@ -71,7 +75,7 @@ def test_other_forms_verify_too(settings, run, tmp_path):
         pytest.importorskip("ai_edge_litert")
     export.export_student(run, tmp_path / "out", **settings)
     verdicts = verify.verify(tmp_path / "out")
-    assert len(verdicts) == 1 + len(settings["targets"])
+    assert len(verdicts) == 2 * len({*settings["targets"]} - {"orbax"})
     assert all(verdict.passed and verdict.exact for verdict in verdicts), verdicts
 
 
