@@ -26,14 +26,15 @@ from typing import Any
 import numpy as np
 from subjects import SUBJECTS, Subject
 
-from lrq_jax.bench import FLOAT_OPERATORS, INTEGER_OPERATORS, machine
-from lrq_jax.export import is_portable
+from lrq_jax.bench import FLOAT_OPERATORS, INTEGER_OPERATORS
 from lrq_jax.runtimes import Reference
 from lrq_jax.runtimes.onnx_runtime import OnnxRunner
-from lrq_jax.verify import in_batches
+from lrq_jax.runtimes.processor import machine
+from lrq_jax.runtimes.trials import in_batches
 from lrq_jax.writers.codes import student_codes
 from lrq_jax.writers.onnx_float import onnx_float_twin
 from lrq_jax.writers.onnx_model import WEIGHT_STORAGES, onnx_model
+from lrq_jax.writers.tables import is_portable
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 BITS, POLICIES = (4, 5, 8, 3), ("U", "R")

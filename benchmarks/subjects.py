@@ -22,7 +22,7 @@ from lrq_jax.passes.float_forward import apply_layer
 from lrq_jax.passes.plan import tracked_tensors
 from lrq_jax.quantize import normalised_range
 from lrq_jax.readers import convert_teacher
-from lrq_jax.verify import synthetic_pixels
+from lrq_jax.runtimes.trials import synthetic_pixels
 
 SHEET, SIDE = 50, 32  # CIFAR's mosaics: 50 x 50 tiles of 32 pixels
 

@@ -1,18 +1,18 @@
 """Latency of an exported model beside its float twin, in one run.
 
-    python -m lrq_jax.bench DIR [--batch 1,32] [--threads 1] [--runtime onnxruntime] [--out bench.json]
+    python -m lrq_jax.bench DIR [--batch 1,32] [--threads 1] [--runtime onnxruntime,litert,openvino]
 
 The float twin is the same network in float32 with folded batch norms. Calls of both alternate, so
 that whatever else the machine does slows both; medians and quartiles are shown, and the ratio of
-each alternating pair. The census counts the operators of the graph the runtime made of the file.
+each alternating pair. The census counts the operators of the graph ONNX Runtime made of its file.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -24,19 +24,30 @@ import numpy as np
 
 from lrq_jax.console import say
 from lrq_jax.data.pixels import normalise
-from lrq_jax.export import FILES, STUDENT
+from lrq_jax.exported import record
+from lrq_jax.passes import Student
 from lrq_jax.runtimes import Runner
+from lrq_jax.runtimes.litert import LiteRTRunner
 from lrq_jax.runtimes.onnx_runtime import OnnxRunner
 from lrq_jax.runtimes.openvino import OpenVinoRunner
-from lrq_jax.verify import synthetic_pixels
+from lrq_jax.runtimes.processor import machine
+from lrq_jax.runtimes.trials import synthetic_pixels
 from lrq_jax.writers.codes import load_student
 from lrq_jax.writers.onnx_float import onnx_float_twin
+from lrq_jax.writers.targets import FILES, STUDENT
+from lrq_jax.writers.tflite_float import tflite_float_twin
 
-RUNTIMES: dict[str, Callable[..., Runner]] = {
-    OnnxRunner.name: OnnxRunner,
-    OpenVinoRunner.name: OpenVinoRunner,
+
+def _onnx_twin(student: Student, codes: dict[str, Any]) -> bytes:
+    return onnx_float_twin(student, codes).SerializeToString()
+
+
+RUNTIMES: dict[str, tuple[str, Callable[..., Runner], Callable[..., bytes], str]] = {
+    OnnxRunner.name: (FILES["onnx"], OnnxRunner, _onnx_twin, "onnxruntime"),
+    LiteRTRunner.name: (FILES["litert"], LiteRTRunner, tflite_float_twin, "ai-edge-litert"),
+    OpenVinoRunner.name: (FILES["onnx"], OpenVinoRunner, _onnx_twin, "openvino"),
 }
-"""Runtimes timed, all on `model.onnx`."""
+"""Runtime -> (file it runs, runner, writer of the float twin, package)."""
 
 SECONDS, PAIRS = 4.0, (11, 301)
 """Each comparison runs about so long, within these numbers of alternating pairs."""
@@ -75,45 +86,50 @@ def compare(float32: Callable[[], Any], integer: Callable[[], Any]) -> tuple[np.
 
 
 def bench(directory: str | Path, *, batches: tuple[int, ...] = (1, 32), threads: int = 1,
-          runtimes: tuple[str, ...] = (OnnxRunner.name,)) -> dict[str, Any]:  # fmt: skip
+          runtimes: tuple[str, ...] | None = None) -> dict[str, Any]:  # fmt: skip
     """Timings, operator census, file sizes and the machine they were measured on.
 
     Args:
-      directory: an export with `model.onnx`.
+      directory: an export.
       batches: images a call.
       threads: of each runtime.
-      runtimes: keys of `RUNTIMES`.
+      runtimes: keys of `RUNTIMES`; None takes ONNX Runtime and LiteRT where their files are there.
 
     Raises:
-      FileNotFoundError: no export with an ONNX file there.
+      FileNotFoundError: no export there, or no file for a runtime asked for.
       ValueError: an unknown runtime.
       ImportError: a runtime is missing; names the extra.
     """
     directory = Path(directory)
+    student, codes, preprocessing = load_student(directory / STUDENT)
+    if runtimes is None:
+        wanted = (OnnxRunner.name, LiteRTRunner.name)
+        runtimes = tuple(name for name in wanted if (directory / RUNTIMES[name][0]).exists())
+        if not runtimes:
+            raise FileNotFoundError(
+                f"found no {FILES['onnx']} and no {FILES['litert']} in {str(directory)!r}, "
+                "expected one; export it with --targets onnx"
+            )
     unknown = [name for name in runtimes if name not in RUNTIMES]
     if unknown or not runtimes:
         raise ValueError(f"runtime: found {unknown or 'none'}, expected some of {list(RUNTIMES)}")
-    student, codes, preprocessing = load_student(directory / STUDENT)
-    path = directory / FILES["onnx"]
-    if not path.exists():
-        raise FileNotFoundError(f"found no {path.name} in {str(directory)!r}: export it with onnx")
-    twin = onnx_float_twin(student, codes).SerializeToString()
-    timings = []
-    with tempfile.TemporaryDirectory() as temporary:
-        twin_path = Path(temporary) / "float.onnx"
-        twin_path.write_bytes(twin)
-        for name in runtimes:
-            float32, integer = (RUNTIMES[name](p, threads=threads) for p in (twin_path, path))
-            for batch in batches:
-                pixels = synthetic_pixels(student.graph.input_shape, batch)
-                images = normalise(pixels, preprocessing)
-                fed = pixels if integer.input_kind == "uint8" else images
-                seconds = compare(
-                    lambda: float32.logits(images),  # noqa: B023
-                    lambda: integer.logits(fed),  # noqa: B023
-                )
-                timings.append(_timing(name, batch, threads, *seconds))
-    census = OnnxRunner(path, threads=threads).census()
+    timings, sizes = [], {}
+    for name in runtimes:
+        path = directory / RUNTIMES[name][0]
+        if not path.exists():
+            raise FileNotFoundError(
+                f"runtime {name}: found no {path.name} in {str(directory)!r}, expected one; export "
+                "it with --targets"
+            )
+        twin = RUNTIMES[name][2](student, codes)
+        sizes[path.name] = {"integer": path.stat().st_size, "float32": len(twin)}
+        for batch in batches:
+            pixels = synthetic_pixels(student.graph.input_shape, batch)
+            fed = pixels, normalise(pixels, preprocessing)
+            seconds = _seconds(name, path, twin, fed, threads)
+            timings.append(_timing(name, batch, threads, *seconds))
+    onnx = directory / FILES["onnx"]
+    census = OnnxRunner(onnx, threads=threads).census() if onnx.name in sizes else {}
     return {
         "network": student.graph.name,
         "weight_bits": student.spec.weight_bits,
@@ -122,10 +138,29 @@ def bench(directory: str | Path, *, batches: tuple[int, ...] = (1, 32), threads:
         "census": census,
         "integer_layers": sum(census.get(kind, 0) for kind in INTEGER_OPERATORS),
         "float_layers": sum(census.get(kind, 0) for kind in FLOAT_OPERATORS),
-        "bytes": {"float32": len(twin), "integer": path.stat().st_size},
+        "bytes": sizes,
         "machine": machine(),
-        "versions": {name: _version(name) for name in runtimes},
+        "versions": {
+            RUNTIMES[name][3]: importlib.metadata.version(RUNTIMES[name][3]) for name in runtimes
+        },
     }
+
+
+def _seconds(name: str, path: Path, twin: bytes, fed: tuple[np.ndarray, np.ndarray],
+             threads: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Of alternating calls of the float twin and the integer file.
+
+    Args:
+      fed: pixels, and the same images normalised.
+    """
+    runner = RUNTIMES[name][1]
+    options = {"batch": len(fed[0])} if runner is LiteRTRunner else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        twin_path = Path(temporary) / f"float{path.suffix}"
+        twin_path.write_bytes(twin)
+        float32, integer = (runner(p, threads=threads, **options) for p in (twin_path, path))
+        images = fed[0] if integer.input_kind == "uint8" else fed[1]
+        return compare(lambda: float32.logits(fed[1]), lambda: integer.logits(images))
 
 
 def _timing(name: str, batch: int, threads: int, float32: np.ndarray, integer: np.ndarray) -> Timing:  # fmt: skip
@@ -142,25 +177,6 @@ def _timing(name: str, batch: int, threads: int, float32: np.ndarray, integer: n
         integer=quartiles[1],
         speedup=round(float(np.median(float32 / integer)), 3),
     )
-
-
-def _version(name: str) -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version(name)
-
-
-def machine() -> dict[str, Any]:
-    """Processor model and those of its features that integer kernels use."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    fields = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
-    flags = set(fields.get("flags", "").split())
-    wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8")
-    return {
-        "processor": fields.get("model name", platform.processor() or platform.machine()),
-        "features": [flag for flag in wanted if flag in flags],
-    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -180,11 +196,14 @@ def table(result: dict[str, Any]) -> str:
             f"{row['runtime']:<14}{row['batch']:>6}{row['threads']:>8}  {cells[0]:<28}"
             f"{cells[1]:<28}{row['speedup']:>7.2f}x"
         )
-    sizes = result["bytes"]
+    if result["census"]:
+        lines.append(
+            f"convolutions and dense layers run as integers: {result['integer_layers']}, "
+            f"as floats: {result['float_layers']}"
+        )
     lines += [
-        f"convolutions and dense layers run as integers: {result['integer_layers']}, "
-        f"as floats: {result['float_layers']}",
-        f"file: {sizes['integer']:,} bytes, float32 {sizes['float32']:,}",
+        f"{name}: {sizes['integer']:,} bytes, float32 {sizes['float32']:,}"
+        for name, sizes in result["bytes"].items()
     ]
     return "\n".join(lines)
 
@@ -220,9 +239,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("directory", help="of lrq_jax.export")
     parser.add_argument("--batch", default="1,32", help="images a call, comma-separated")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runtime", default=OnnxRunner.name, help=f"some of {','.join(RUNTIMES)}")
+    parser.add_argument(
+        "--runtime", help=f"some of {','.join(RUNTIMES)}; default: the exact ones with a file"
+    )
     parser.add_argument("--out", help="also write the result there as JSON")
     parser.add_argument("--plot", help="also draw it there as PNG")
+    parser.add_argument(
+        "--record", action="store_true", help="put it into DIR's report and model card"
+    )
     return parser
 
 
@@ -241,11 +265,13 @@ def main(arguments: list[str] | None = None) -> int:
             options.directory,
             batches=_numbers(options.batch),
             threads=options.threads,
-            runtimes=tuple(options.runtime.split(",")),
+            runtimes=tuple(options.runtime.split(",")) if options.runtime else None,
         )
         say(table(result))
         if options.out:
             Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if options.record:
+            record(options.directory, census=result["census"], latency=result)
         if options.plot:
             plot(result, options.plot)
     except (ValueError, OSError, ImportError) as error:

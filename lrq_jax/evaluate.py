@@ -19,7 +19,6 @@ import numpy as np
 from lrq_jax.console import say
 from lrq_jax.data import EvalData, Preprocessing, batches, load_data
 from lrq_jax.evaluation import Accuracy, Tally
-from lrq_jax.export import FILES, STUDENT
 from lrq_jax.runtimes import Reference, Runner
 from lrq_jax.runtimes.jax_exported import JaxExportRunner
 from lrq_jax.runtimes.litert import LiteRTRunner
@@ -27,6 +26,7 @@ from lrq_jax.runtimes.onnx_runtime import OnnxRunner
 from lrq_jax.writers.codes import is_student, load_student
 from lrq_jax.writers.extras import require
 from lrq_jax.writers.onnx_writer import METADATA
+from lrq_jax.writers.targets import FILES, STUDENT
 
 
 def evaluate_model(model: str | Path, data: EvalData, *, runtimes: tuple[str, ...] | None = None,

@@ -26,9 +26,9 @@ ORDER = (
     ("run_directory", "writers"),
     ("runtimes", "training"),
     ("quantize",),
+    ("exported",),
+    ("verify", "bench", "evaluate"),
     ("export",),
-    ("verify",),
-    ("bench", "evaluate"),
     ("main",),
 )
 ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from small_networks import GRAPHS, calibrated, our_results, random_images
 
-from lrq_jax.export import is_portable
 from lrq_jax.graph import INPUT, GraphBuilder
 from lrq_jax.passes import QuantSpec, Student
 from lrq_jax.runtimes.onnx_runtime import WIDE_PAIRS
 from lrq_jax.writers.codes import student_codes
 from lrq_jax.writers.onnx_model import onnx_model
 from lrq_jax.writers.onnx_writer import LOGITS, codes_name
+from lrq_jax.writers.tables import is_portable
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

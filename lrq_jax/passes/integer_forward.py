@@ -18,7 +18,7 @@ from jax import lax
 
 from lrq_jax.graph import INPUT
 from lrq_jax.graph import layers as L
-from lrq_jax.ops.convolution import integer_conv2d, integer_dense
+from lrq_jax.ops.convolution import int8_conv2d, int8_is_fast, integer_conv2d, integer_dense
 from lrq_jax.ops.division import divide
 from lrq_jax.ops.straight_through import clip_inclusive, straight_through
 from lrq_jax.passes.float_forward import apply_layer, window_counts, window_sums
@@ -62,11 +62,13 @@ class Source(NamedTuple):
       tensor: (name, bits, thunk of the tensor's unquantized real values) -> AffineParameters.
       table: operation of an activation on its own -> its output's code for every code of its
         input, or None where there is no such table yet.
+      frozen: no gradient is wanted, so that convolutions may run over int8.
     """
 
     weights: Callable[[Operation, jax.Array], QuantizedWeights]
     tensor: Callable[[str, int, Callable[[], jax.Array]], AffineParameters]
     table: Callable[[Operation], jax.Array | None] = lambda operation: None
+    frozen: bool = False
 
 
 def integer_forward(operations: tuple[Operation, ...], frozen: dict[str, Any], images: jax.Array,
@@ -96,6 +98,7 @@ def _frozen_source(frozen: dict[str, Any]) -> Source:
         weights=lambda operation, _: frozen["weights"][operation.layer.name],
         tensor=lambda name, bits, real: frozen["tensors"][name],
         table=lambda operation: frozen.get("tables", {}).get(operation.output),
+        frozen=True,
     )
 
 
@@ -184,10 +187,7 @@ def _run_weighted(layer: L.Layer, operation: Operation, source: Source, clip_mas
     kernel = weights.codes - weights.zero_point
     largest = top_code(x.bits) * top_code(operation.weight_bits or 1)
     if isinstance(layer, L.Conv):
-        accumulator = integer_conv2d(
-            x.centred, kernel, weights.bias, largest_product=largest, groups=layer.groups,
-            strides=layer.strides, padding=layer.padding, dilation=layer.dilation,
-        )  # fmt: skip
+        accumulator = _convolved(layer, x, kernel, weights.bias, largest, source.frozen)
     elif isinstance(layer, L.Dense):
         accumulator = integer_dense(x.centred, kernel, weights.bias, largest_product=largest)
     else:
@@ -202,6 +202,27 @@ def _run_weighted(layer: L.Layer, operation: Operation, source: Source, clip_mas
         lambda scale: accumulator * divide(units, scale),
         lambda: accumulator * units,
     )
+
+
+def _convolved(layer: L.Conv, x: QuantizedTensor, kernel: jax.Array, bias: jax.Array,
+               largest: int, frozen: bool) -> jax.Array:  # fmt: skip
+    """The accumulators of a convolution: int8 where the platform is fast at it, and the same
+    numbers from float convolutions elsewhere. GPUs have no integer convolutions in XLA."""
+    window = {"strides": layer.strides, "padding": layer.padding, "dilation": layer.dilation}
+
+    def over_floats(x: QuantizedTensor, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return integer_conv2d(
+            x.centred, kernel, bias, largest_product=largest, groups=layer.groups, **window
+        )
+
+    def over_int8(x: QuantizedTensor, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        codes, zero_point = x.codes, x.parameters.zero_point
+        return int8_conv2d(codes, zero_point, kernel, bias, bits=bits, **window)
+
+    bits = x.bits
+    if not frozen or not int8_is_fast(kernel, layer.groups):
+        return over_floats(x, kernel, bias)
+    return lax.platform_dependent(x, kernel, bias, cpu=over_int8, default=over_floats)
 
 
 @functools.singledispatch

@@ -106,10 +106,10 @@ class LiteRTRunner:
     name: ClassVar[str] = "litert"
     exact: ClassVar[bool] = True
 
-    def __init__(self, file: str | Path, *, threads: int = 1) -> None:
+    def __init__(self, file: str | Path, *, threads: int = 1, batch: int | None = None) -> None:
         self._file, self._threads = Path(file), threads
         try:
-            self._model = LiteRTModel(self._file, threads=threads)
+            self._model = LiteRTModel(self._file, threads=threads, batch=batch)
         except ImportError:
             raise
         except Exception as error:  # flatbuffers and the runtime raise classes of their own

@@ -27,6 +27,14 @@ def jax_export(student: Student, codes: dict[str, Any], *, batch: int | None = N
     def logits(images: jax.Array) -> jax.Array:
         return frozen_logits(student, frozen_from_codes(stored), images)
 
+    # Without the places in the source: they would tell where it lies on this machine, and a file
+    # of the same student made elsewhere would be another.
+    limit = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, limit)
     size = batch if batch is not None else export.symbolic_shape("batch")[0]
     image = jax.ShapeDtypeStruct((size, *student.graph.input_shape), jnp.float32)
-    return export.export(jax.jit(logits), platforms=PLATFORMS)(image).serialize()
+    jax.config.update(limit, 0)
+    try:
+        return bytes(export.export(jax.jit(logits), platforms=PLATFORMS)(image).serialize())
+    finally:
+        jax.config.update(limit, before)

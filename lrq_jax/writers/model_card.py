@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from lrq_jax.data import Preprocessing
@@ -39,6 +40,16 @@ network, without the data it was trained on.
 files compute the same ones; `python -m lrq_jax.evaluate --model DIR --data IMAGES` measures
 accuracy on any labelled images.
 
+In float32 its weights and biases would be {report["float32_bytes"]:,} bytes.
+
+## Agreement
+
+{_agreement(report)}
+
+## Speed
+
+{_speed(report)}
+
 ## Limits
 
 - The accuracy above was measured on the images named there and on no others.
@@ -52,6 +63,14 @@ accuracy on any labelled images.
 - method: preset {run["preset"]}, policy {run["policy"]}, {run["steps"]} steps, seed {run["seed"]}
 - versions: {", ".join(f"{name} {version}" for name, version in run["versions"].items())}
 - licence: (to be filled in: that of the teacher's weights)
+
+<details><summary>the run's settings</summary>
+
+```json
+{json.dumps(run.get("settings", {}), indent=1)}
+```
+
+</details>
 
 ## Bits per layer
 
@@ -69,6 +88,47 @@ def _accuracy(run: dict[str, Any]) -> str:
         f"{run['images']:,} images of {run['data']}; the float teacher has "
         f"{run['teacher']['top1']:.2f} % on the same images, and both agree on "
         f"{run['agreement']:.2f} % of them."
+    )
+
+
+def _agreement(report: dict[str, Any]) -> str:
+    """Of each runtime with the integers in `student/`."""
+    if "agreement" not in report:
+        return "Not measured: `python -m lrq_jax.verify DIR --record` does."
+    rows = "\n".join(
+        f"| {row['runtime']} | {row['images'] or '-'} | {row['different']} | {row['flips']} | "
+        f"{row['fault'] or 'passed'} |"
+        for row in report["agreement"]
+    )
+    return (
+        "With the integers in `student/`, on the images that `lrq_jax.verify` makes or was given:\n\n"
+        "| runtime | images | logits that differ | classed otherwise | |\n|---|---|---|---|---|\n"
+        f"{rows}"
+    )
+
+
+def _speed(report: dict[str, Any]) -> str:
+    """Latency beside the float twin, and where."""
+    if "latency" not in report:
+        return "Not measured: `python -m lrq_jax.bench DIR --record` does."
+    latency = report["latency"]
+    rows = "\n".join(
+        f"| {row['runtime']} | {row['batch']} | {row['threads']} | {row['float32'][1]:.3f} | "
+        f"{row['integer'][1]:.3f} | {row['speedup']:.2f} |"
+        for row in latency["timings"]
+    )
+    machine = latency["machine"]
+    counted = (
+        f"ONNX Runtime runs {latency['integer_layers']} convolutions and dense layers as integers "
+        f"and {latency['float_layers']} as floats. "
+        if latency["census"]
+        else ""
+    )
+    return (
+        f"{counted}Milliseconds a call (medians), beside the same network in float32, on "
+        f"{machine['processor']} ({' '.join(machine['features']) or 'no features for integers'}):\n\n"
+        "| runtime | batch | threads | float32 | integers | times as fast |\n"
+        f"|---|---|---|---|---|---|\n{rows}"
     )
 
 

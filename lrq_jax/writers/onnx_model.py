@@ -6,7 +6,8 @@ the file decides whether it does:
 
 * Weights below 8 bits are int8 `code - zero_point`, or UINT4 codes behind `Cast` and `Sub`, which
   the runtime folds into the same int8 at load; a UINT4 straight into `DequantizeLinear` would run
-  in float.
+  in float. Files of UINT4 weights hold little else either: biases of int16 where they fit, behind
+  a `Cast`, and the biases' units as a product of the two scales.
 * Activations below 8 bits are `QuantizeLinear` to uint8 and an integer `Clip` of the codes; a float
   `Clip` before `QuantizeLinear` would break the fusion.
 * What only moves codes (max pool, pad, slice, shuffle, flatten) works on the uint8 codes.

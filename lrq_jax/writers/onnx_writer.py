@@ -42,7 +42,8 @@ class OnnxWriter:
     # --- pieces ---
 
     def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        made = self.onnx.helper.make_node(kind, list(inputs), [output], name=output, **attributes)
+        # Nodes stay nameless: what they make has a name, and names weigh.
+        made = self.onnx.helper.make_node(kind, list(inputs), [output], **attributes)
         self.nodes.append(made)
         return output
 
@@ -62,7 +63,7 @@ class OnnxWriter:
         scale, zero_point = self.parameters(tensor)
         return [
             self.constant(f"{origin}.scale", np.asarray(scale)),
-            self.constant(f"{origin}.zero_point", np.asarray(zero_point)),
+            self.constant(f"uint8.{zero_point}", np.asarray(zero_point)),
         ]
 
     def real(self, tensor: str) -> str:
@@ -159,7 +160,10 @@ class OnnxWriter:
         """The dequantized weights, in the file's layout, output channels along `axis`."""
         name = operation.layer.name
         scales = self.constant(f"{name}.weight.scale", scale)
-        zeros = self.constant(f"{name}.weight.zero_point", np.zeros(scale.shape, np.int8))
+        zeros = []
+        if isinstance(operation.layer, L.Dense):  # or the runtime leaves it in float
+            # Of its own: the runtime's option for wide pairs fails on one that layers share.
+            zeros = [self.constant(f"{name}.weight.zero_point", np.zeros(scale.shape, np.int8))]
         if self.weight_storage == "uint4" and (operation.weight_bits or 8) <= 4:
             shape = [1] * codes.ndim
             shape[axis] = -1
@@ -171,7 +175,7 @@ class OnnxWriter:
             weights = self.node("Sub", [cast, offset], f"{name}.weight.centred")
         else:
             weights = self.constant(f"{name}.weight.centred", centred.astype(np.int8))
-        return self.node("DequantizeLinear", [weights, scales, zeros], f"{name}.weight", axis=axis)
+        return self.node("DequantizeLinear", [weights, scales, *zeros], f"{name}.weight", axis=axis)
 
     def _packed(self, name: str, codes: np.ndarray) -> str:
         """A UINT4 constant: two codes a byte, the first in the low half."""
@@ -189,11 +193,27 @@ class OnnxWriter:
     def bias(self, operation: Operation, bias: np.ndarray, scale: np.ndarray) -> str:
         """The dequantized int32 bias, in units of the accumulator."""
         name = operation.layer.name
-        inputs = [
-            self.constant(f"{name}.bias.codes", bias.astype(np.int32)),
-            self.constant(f"{name}.bias.scale", scale),
-        ]
+        if self.weight_storage == "uint4":
+            inputs = self._packed_bias(operation, bias)
+        else:
+            inputs = [
+                self.constant(f"{name}.bias.codes", bias.astype(np.int32)),
+                self.constant(f"{name}.bias.scale", scale),
+            ]
         return self.node("DequantizeLinear", inputs, f"{name}.bias", axis=0)
+
+    def _packed_bias(self, operation: Operation, bias: np.ndarray) -> list[str]:
+        """Codes in int16 where they fit, and units multiplied from the two scales the file holds
+        already; the runtime folds both at load."""
+        name, to = operation.layer.name, self.onnx.TensorProto.INT32
+        narrow = bias.astype(np.int16)
+        if (narrow == bias).all():
+            stored = self.constant(f"{name}.bias.int16", narrow)
+            codes = self.node("Cast", [stored], f"{name}.bias.codes", to=to)
+        else:
+            codes = self.constant(f"{name}.bias.codes", bias.astype(np.int32))
+        scales = [f"{name}.weight.scale", self._scale_and_zero(operation.inputs[0])[0]]
+        return [codes, self.node("Mul", scales, f"{name}.bias.scale")]
 
     def weighted(self, operation: Operation, transpose: Callable[[np.ndarray], np.ndarray],
                  axis: int) -> list[str]:  # fmt: skip
