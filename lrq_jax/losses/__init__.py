@@ -11,6 +11,7 @@ from lrq_jax.losses.classification import (
     easy_cross_entropy,
     focal_cross_entropy,
     sample_targets,
+    soft_cross_entropy,
     squared_target_error,
 )
 from lrq_jax.losses.distillation import decoupled_distillation, distillation
@@ -43,6 +44,7 @@ __all__ = [
     "initial_centers",
     "relative_batch_norm_statistics",
     "sample_targets",
+    "soft_cross_entropy",
     "squared_target_error",
     "update_centers",
 ]

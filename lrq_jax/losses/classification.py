@@ -20,6 +20,16 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
 
 
+def soft_cross_entropy(logits: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean of `-sum_k w_k log softmax(logits)_k`; of one-hot weights it is `cross_entropy`.
+
+    Args:
+      logits: `[B, K]`.
+      weights: `[B, K]`, rows of sum 1.
+    """
+    return -jnp.mean(jnp.sum(weights * jax.nn.log_softmax(logits), axis=-1))
+
+
 def focal_cross_entropy(logits: jax.Array, labels: jax.Array, *, focus: float) -> jax.Array:
     """Mean of `(1 - p_y)^focus * cross-entropy`: images the teacher finds hard count for more.
 

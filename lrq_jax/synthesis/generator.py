@@ -67,6 +67,11 @@ def batch_norm(x: jax.Array, eps: float) -> jax.Array:
     return (x - mean) * lax.rsqrt(variance + eps)
 
 
+def of_class(table: jax.Array, labels: jax.Array) -> jax.Array:
+    """Rows `[B, D]` of a table `[K, D]`: those of labels `[B]`, or their sums by weights `[B, K]`."""
+    return table[labels] if labels.ndim == 1 else labels @ table
+
+
 class _ClassNorm(nn.Module):
     """Batch norm whose scale and bias are one vector, or one per class."""
 
@@ -80,7 +85,7 @@ class _ClassNorm(nn.Module):
         affine = self.param("affine", scale_and_bias_init, shape)
         scale, bias = affine["scale"], affine["bias"]
         if self.num_classes is not None:
-            scale, bias = scale[labels][:, None, None], bias[labels][:, None, None]
+            scale, bias = (of_class(x, labels)[:, None, None] for x in (scale, bias))
         return batch_norm(x, self.eps) * scale + bias
 
 
@@ -99,7 +104,8 @@ class _UpConv(nn.Module):
 
 
 class Generator(nn.Module):
-    """Images `[B, H, W, C]` from noise `[B, latent_dim]` and labels `[B]`; see the module docstring."""
+    """Images `[B, H, W, C]` from noise `[B, latent_dim]` and labels `[B]`, or class weights `[B, K]`
+    (`synthesis.superposition`); see the module docstring."""
 
     spec: GeneratorSpec
 
@@ -112,7 +118,7 @@ class Generator(nn.Module):
         hidden = noise
         if not by_norm:
             shape = (spec.num_classes, spec.latent_dim)
-            hidden = self.param("embedding", embedding_init, shape)[labels] * noise
+            hidden = of_class(self.param("embedding", embedding_init, shape), labels) * noise
         grid = (-(-height // 4), -(-width // 4), spec.width)
         dense = self.param("dense", affine_init, (spec.latent_dim, grid[0] * grid[1] * grid[2]))
         x = (jnp.dot(hidden, dense["kernel"]) + dense["bias"]).reshape(-1, *grid)
