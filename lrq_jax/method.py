@@ -63,6 +63,9 @@ class Method:
     calibration_images: str = "generator"  # generator | pool (of images)
     # --- generator (synthesis) loss ---
     class_weight: float = 1.0  # cross-entropy of the teacher on its own synthetic images
+    class_focus: float = 0.0  # times (1 - p_y)^this: HAST's focus on hard images (2303.13826)
+    superposition: float = 0.0  # probability of a batch of superposed classes (Qimera, 2111.02625)
+    superposed_classes: int = 2  # classes that a superposed image mixes
     bns_weight: float = 0.1  # batch-norm statistics, with a generator
     ama_weight: float = 1.0  # adversarial margin add: weight of both hinges [open]
     ama_margin: float = 0.5  # radians
@@ -71,11 +74,13 @@ class Method:
     ama_center: str = "running_mean"  # running_mean of synthetic features | classifier row [open]
     # --- student loss ---
     student_loss: str = "dkd"  # dkd | kd
-    ce_weight: float = 1.0  # cross-entropy of the student on the generator's labels
+    ce_weight: float = 1.0  # cross-entropy of the student on the generator's labels ...
+    ce_hardest: float = 1.0  # ... but of images whose 1 - p_y exceeds this (SynQ, ICLR 2025)
     distill_weight: float = 1.0  # weight of kd; of dkd's target part (alpha)
     dkd_beta: float = 8.0  # weight of dkd's non-target part
     temperature: float = 1.0  # T of either distillation
     kd_reduction: str = "batch_mean"  # batch_mean | element_mean (GDFQ's code)
+    inundation: float = 0.0  # share of a kernel's codes every step changes (AIT, 2203.17008)
     average_decay: float = 0.0  # of the student's weights; their average ships; 0: the last ones do
     # --- optimisers ---
     student_optimizer: str = "sgd"  # sgd (nesterov) | adam
@@ -108,6 +113,7 @@ class Method:
     noise_lowest_target: float = 0.5  # class probability targets: 1 or U(this, 1) [open]
     noise_augmentation: str = "crop_flip"  # none | crop_flip | shift_flip
     noise_augment_probability: float = 0.5  # an iteration augments the batch with this probability
+    noise_low_pass: float = 0.0  # cutoff of a low-pass filter, cycles an image (SynQ); 0: none
     noise_clip: bool = False  # pixels stay in the range of real ones
 
     def __post_init__(self) -> None:
@@ -134,13 +140,14 @@ class Method:
                     f"method.{name}: found {getattr(self, name)!r}, expected one of {allowed}"
                 )
         for name in ("batch_size", "calibration_steps", "latent_dim", "generator_width",
-                     "noise_batches", "noise_batch_size", "noise_iterations",
+                     "superposed_classes", "noise_batches", "noise_batch_size", "noise_iterations",
                      "noise_plateau_patience", "reconstruction_iterations",
                      "reconstruction_batch_size"):  # fmt: skip
             self._check(name, minimum=1)
         for name in ("steps", "warmup_steps", "calibration_start", "class_weight", "bns_weight",
                      "ama_weight", "ce_weight", "distill_weight", "dkd_beta",
                      "student_weight_decay", "noise_bns_weight", "noise_target_weight",
+                     "class_focus", "noise_low_pass",
                      "reconstruction_regularizer"):  # fmt: skip
             self._check(name, minimum=0)
         for name in ("temperature", "gradient_clip", "student_learning_rate",
@@ -151,7 +158,8 @@ class Method:
         # at 1 an average never moves
         for name in ("student_momentum", "generator_beta1", "noise_beta1", "average_decay"):
             self._check(name, minimum=0, maximum=0.9999)
-        for name in ("noise_lowest_target", "noise_augment_probability", "reconstruction_warmup",
+        for name in ("superposition", "ce_hardest", "inundation", "noise_lowest_target",
+                     "noise_augment_probability", "reconstruction_warmup",
                      "reconstruction_drop"):  # fmt: skip
             self._check(name, minimum=0, maximum=1)
         self._check("ama_margin", minimum=0, maximum=math.pi)

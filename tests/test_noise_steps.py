@@ -12,6 +12,7 @@ from test_steps import TEACHER, tiny_settings
 from lrq_jax import losses
 from lrq_jax.passes import float_forward
 from lrq_jax.quantize import step_spec
+from lrq_jax.synthesis.low_pass import low_pass
 from lrq_jax.training import noise_steps, steps
 
 VARIABLES = jax.tree.map(jnp.asarray, TEACHER.variables)
@@ -75,6 +76,17 @@ def test_clipped_images_stay_in_range_and_their_pixels_can_come_back():
             0
         ]
         assert np.all(np.asarray(gradient)[outside] != 0)
+
+
+def test_optimised_images_are_shown_and_kept_without_high_frequencies():
+    spec = spec_of(noise_low_pass=1.5, noise_augment_probability=0.0)
+    state = noise_steps.initial_noise(spec, jax.random.key(3), CENTERS)
+    finished, _ = noise_steps.finished_noise(state, VARIABLES, spec=spec)
+    np.testing.assert_allclose(finished, low_pass(state.images, 1.5), atol=1e-6)
+    assert np.std(finished) < 0.6 * np.std(state.images)
+    loss, _ = noise_loss(spec, state.images, state.labels)
+    plain = spec_of(noise_augment_probability=0.0)
+    np.testing.assert_allclose(loss, noise_loss(plain, finished, state.labels)[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "cosine"])

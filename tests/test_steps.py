@@ -198,16 +198,55 @@ def test_the_student_loss_leaves_the_generator_alone():
         {"ama_weight": 0.0},
         {"student_loss": "kd"},
         {"ama_center": "classifier"},
+        {"inundation": 0.1},
     ],
-    ids=["attention", "margin", "decoupled distillation", "centres"],
+    ids=lambda switched: next(iter(switched)),
 )
-def test_each_ingredient_of_the_paper_changes_program_and_result(switched):
+def test_each_ingredient_changes_program_and_result(switched):
     full = run_steps(tiny_settings(**FIRING), CALIBRATED)
     without = run_steps(tiny_settings(**{**FIRING, **switched}), CALIBRATED)
     assert full[2] != without[2]
     assert full[1][-1]["student/loss"] != without[1][-1]["student/loss"]
     kernels = [run[0].student["params"]["classifier"]["kernel"] for run in (full, without)]
     assert not np.array_equal(*kernels)
+
+
+@pytest.mark.parametrize(
+    "switched", [{"class_focus": 2.0}, {"superposition": 1.0}, {"ce_hardest": 0.3}]
+)
+def test_each_further_ingredient_changes_the_losses(switched):
+    """Evaluated, not trained: their gradients are those of the losses, tested alone."""
+    spec = step_spec(TEACHER, tiny_settings(**switched), None)
+    plain = step_spec(TEACHER, tiny_settings(), None)
+    variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
+    state = steps.initial_state(plain, variables, 0)
+    found = []
+    for each in (plain, spec):
+        noise, labels = steps.draw_latents(jax.random.key(1), each)
+        _, aux = steps.synthesis_loss(
+            state.generator, variables, state.centers, noise, labels, spec=each
+        )
+        trainable = each.student.trainable(state.student)
+        _, terms = steps.student_loss(
+            trainable, state.student, aux["images"], labels, aux["logits"], spec=each
+        )
+        found.append((float(aux["terms"]["generator/ce"]), float(terms["student/ce"])))
+    changed = [bool(np.not_equal(a, b)) for a, b in zip(*found, strict=True)]
+    assert changed == {
+        "class_focus": [True, False], "superposition": [True, True], "ce_hardest": [False, True],
+    }[next(iter(switched))]  # fmt: skip
+
+
+def test_inundated_steps_change_their_share_of_every_kernels_codes():
+    settings = tiny_settings(**FIRING, inundation=0.1)
+    spec = step_spec(TEACHER, settings, None)
+    before, after = (
+        freeze(spec.student, run_steps(settings, CALIBRATED[:count])[0].student)["weights"]
+        for count in (2, 3)
+    )
+    for name in before:
+        changed = np.mean(np.asarray(before[name].codes != after[name].codes))
+        assert changed > 0.05, name  # the range follows the kernel, so some thresholds move too
 
 
 def test_one_device_equals_eight():

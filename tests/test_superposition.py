@@ -64,11 +64,16 @@ def test_the_generator_takes_class_weights(conditioning):
     assert np.abs(mixed - by_label).max() > 0.1
 
 
-def test_soft_cross_entropy(rng):
+def test_losses_take_class_weights_for_labels(rng):
     logits = rng.standard_normal((64, 10)).astype(np.float32) * 3
     weights = draw(1)
     p = np.exp(np.float64(logits))
     expected = -np.mean(np.sum(weights * np.log(p / p.sum(1, keepdims=True)), 1))
-    np.testing.assert_allclose(losses.soft_cross_entropy(logits, weights), expected, rtol=1e-5)
-    hard = losses.soft_cross_entropy(logits, jax.nn.one_hot(LABELS, 10))
-    np.testing.assert_allclose(hard, losses.cross_entropy(logits, LABELS), rtol=1e-5)
+    np.testing.assert_allclose(losses.cross_entropy(logits, weights), expected, rtol=1e-5)
+    one_hot = jax.nn.one_hot(LABELS, 10)
+    for loss in (
+        losses.cross_entropy,
+        functools.partial(losses.focal_cross_entropy, focus=2.0),
+        lambda z, y: losses.easy_cross_entropy(z, 2 * logits, y, hardest=0.5),
+    ):
+        np.testing.assert_allclose(loss(logits, one_hot), loss(logits, LABELS), rtol=1e-4)

@@ -11,7 +11,6 @@ from lrq_jax.losses.classification import (
     easy_cross_entropy,
     focal_cross_entropy,
     sample_targets,
-    soft_cross_entropy,
     squared_target_error,
 )
 from lrq_jax.losses.distillation import decoupled_distillation, distillation
@@ -44,7 +43,6 @@ __all__ = [
     "initial_centers",
     "relative_batch_norm_statistics",
     "sample_targets",
-    "soft_cross_entropy",
     "squared_target_error",
     "update_centers",
 ]

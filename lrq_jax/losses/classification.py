@@ -11,40 +11,30 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Args:
       logits: `[B, K]`.
-      labels: `[B]` int.
+      labels: `[B]` int, or class weights `[B, K]` with rows of sum 1; so in all of this module.
 
     Returns:
       Scalar, in nats.
     """
-    log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
-
-
-def soft_cross_entropy(logits: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean of `-sum_k w_k log softmax(logits)_k`; of one-hot weights it is `cross_entropy`.
-
-    Args:
-      logits: `[B, K]`.
-      weights: `[B, K]`, rows of sum 1.
-    """
-    return -jnp.mean(jnp.sum(weights * jax.nn.log_softmax(logits), axis=-1))
+    return -jnp.mean(_of_label(jax.nn.log_softmax(logits), labels))
 
 
 def focal_cross_entropy(logits: jax.Array, labels: jax.Array, *, focus: float) -> jax.Array:
     """Mean of `(1 - p_y)^focus * cross-entropy`: images the teacher finds hard count for more.
 
-    Source: HAST's synthesis loss (arXiv 2303.13826), gamma 2 at 32 px and 0.5 on
-    ImageNet. `1 - p_y` is kept above 1e-7, where its power has a finite gradient; with focus 0
-    it is `cross_entropy`.
+    Source: HAST's synthesis loss (arXiv 2303.13826), gamma 2 at 32 px and 0.5 on ImageNet.
+    `1 - p_y` is kept above 1e-7, where its power has a finite gradient; with focus 0 it is
+    `cross_entropy`.
 
     Args:
       logits: `[B, K]`.
       labels: `[B]` int.
       focus: gamma >= 0.
     """
-    log_probabilities = jax.nn.log_softmax(logits)
-    log_right = jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
-    return jnp.mean(-log_right * jnp.maximum(1 - jnp.exp(log_right), 1e-7) ** focus)
+    if not focus:
+        return cross_entropy(logits, labels)
+    wrong = jnp.maximum(1 - _of_label(jax.nn.softmax(logits), labels), 1e-7)
+    return -jnp.mean(wrong**focus * _of_label(jax.nn.log_softmax(logits), labels))
 
 
 def easy_cross_entropy(logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array, *,
@@ -59,10 +49,17 @@ def easy_cross_entropy(logits: jax.Array, teacher_logits: jax.Array, labels: jax
       labels: `[B]` int.
       hardest: tau in [0, 1].
     """
-    pick = labels[:, None]
-    right = jnp.take_along_axis(jax.nn.softmax(teacher_logits), pick, axis=1)[:, 0]
-    log_right = jnp.take_along_axis(jax.nn.log_softmax(logits), pick, axis=1)[:, 0]
-    return -jnp.mean(jnp.where(1 - right > hardest, 0.0, log_right))
+    if hardest >= 1:
+        return cross_entropy(logits, labels)
+    hard = 1 - _of_label(jax.nn.softmax(teacher_logits), labels) > hardest
+    return -jnp.mean(jnp.where(hard, 0.0, _of_label(jax.nn.log_softmax(logits), labels)))
+
+
+def _of_label(values: jax.Array, labels: jax.Array) -> jax.Array:
+    """`[B]`: of values `[B, K]` the label's, or their mean by class weights."""
+    if labels.ndim == 2:
+        return jnp.sum(labels * values, axis=-1)
+    return jnp.take_along_axis(values, labels[:, None], axis=1)[:, 0]
 
 
 def sample_targets(key: jax.Array, batch: int, *, lowest: float, probability: float = 0.5) -> jax.Array:  # fmt: skip
@@ -83,5 +80,5 @@ def squared_target_error(logits: jax.Array, labels: jax.Array, targets: jax.Arra
       labels: `[B]` int.
       targets: `[B]` in [0, 1]; see `sample_targets`.
     """
-    probability = jnp.take_along_axis(jax.nn.softmax(logits), labels[:, None], axis=1)[:, 0]
+    probability = _of_label(jax.nn.softmax(logits), labels)
     return jnp.mean(jnp.square(probability - targets))

@@ -15,6 +15,7 @@ from lrq_jax.passes import float_forward
 from lrq_jax.passes.float_forward import Variables
 from lrq_jax.sharding import constrain_batch
 from lrq_jax.synthesis.augmentation import AUGMENTATIONS
+from lrq_jax.synthesis.low_pass import low_pass
 from lrq_jax.training.optimizers import noise_optimizer
 from lrq_jax.training.steps import Metrics, StepSpec, margin_loss, step_key, teacher_forward
 
@@ -49,19 +50,22 @@ def initial_noise(spec: StepSpec, key: jax.Array, centers: Centers) -> NoiseStat
     )
 
 
-def clipped(images: jax.Array, *, spec: StepSpec) -> jax.Array:
-    """The images with every pixel one a real image could hold, where the method asks for it;
-    gradients pass as if nothing was clipped, so that a pixel can come back."""
-    if not spec.method.noise_clip:
-        return images
-    return straight_through(jnp.clip(images, *spec.student.input_range), images)
+def shown(images: jax.Array, *, spec: StepSpec) -> jax.Array:
+    """What the networks see of the optimised images: where the method asks for it without high
+    frequencies, and with every pixel one that a real image could hold. Gradients pass as if
+    nothing was clipped, so that a pixel can come back."""
+    if spec.method.noise_low_pass:
+        images = low_pass(images, spec.method.noise_low_pass)
+    if spec.method.noise_clip:
+        images = straight_through(jnp.clip(images, *spec.student.input_range), images)
+    return images
 
 
 def noise_loss(images: jax.Array, labels: jax.Array, key: jax.Array, teacher: Variables,
                centers: Centers, *, spec: StepSpec) -> tuple[jax.Array, Metrics]:  # fmt: skip
     """`L_syn = w_bns * L_BNS + w_target * L_target + w_ama * (L_low + L_up)`."""
     method = spec.method
-    images = clipped(images, spec=spec)
+    images = shown(images, spec=spec)
     augment_key, coin_key, target_key = jax.random.split(key, 3)
     images = jax.lax.cond(
         jax.random.bernoulli(coin_key, method.noise_augment_probability),
@@ -77,7 +81,7 @@ def noise_loss(images: jax.Array, labels: jax.Array, key: jax.Array, teacher: Va
         targets = losses.sample_targets(target_key, labels.shape[0], lowest=lowest)
         target = losses.squared_target_error(logits, labels, targets)
     else:
-        target = losses.cross_entropy(logits, labels)
+        target = losses.focal_cross_entropy(logits, labels, focus=method.class_focus)
     terms = {"noise/bns": bns, "noise/target": target}
     total = method.noise_bns_weight * bns + method.noise_target_weight * target
     if method.ama_weight:
@@ -99,7 +103,7 @@ def noise_step(state: NoiseState, teacher: Variables, *, spec: StepSpec) -> tupl
 
 def finished_noise(state: NoiseState, teacher: Variables, *, spec: StepSpec) -> tuple[jax.Array, Centers]:  # fmt: skip
     """The finished images, and class centres with their features added."""
-    images = clipped(state.images, spec=spec)
+    images = shown(state.images, spec=spec)
     features = float_forward(spec.graph, teacher, images, (spec.graph.features,))
     centers = losses.update_centers(state.centers, features[spec.graph.features], state.labels)
     return images, centers

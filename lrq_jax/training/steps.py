@@ -21,12 +21,15 @@ from lrq_jax.passes import Student, calibrate, float_forward, float_logits, stud
 from lrq_jax.passes.bias_correction import bias_corrected
 from lrq_jax.passes.equalization import equalized
 from lrq_jax.passes.float_forward import Variables
+from lrq_jax.passes.kernels import kernel_parameters
 from lrq_jax.passes.rounding import rounded_weights
 from lrq_jax.quantizers.rounding import ROUNDINGS
 from lrq_jax.sharding import constrain_batch
 from lrq_jax.synthesis.augmentation import AUGMENTATIONS
 from lrq_jax.synthesis.generator import GeneratorSpec, generate, init_generator
+from lrq_jax.synthesis.superposition import superposed_labels
 from lrq_jax.training.averaging import Average, initial_average, update_average
+from lrq_jax.training.inundation import inundated
 from lrq_jax.training.optimizers import (
     generator_optimizer,
     student_optimizer,
@@ -123,12 +126,26 @@ def final_student(state: TrainState, *, spec: StepSpec) -> Variables:
 
 
 def draw_latents(key: jax.Array, spec: StepSpec) -> tuple[jax.Array, jax.Array]:
-    """Noise `[B, latent_dim]` and labels `[B]`, split over the mesh."""
+    """Noise `[B, latent_dim]` and labels `[B]`, or class weights `[B, K]` where the method has
+    superposed classes; split over the mesh."""
     noise_key, label_key = jax.random.split(key)
     batch = spec.method.batch_size
     noise = jax.random.normal(noise_key, (batch, spec.generator.latent_dim))
     labels = jax.random.randint(label_key, (batch,), 0, spec.generator.num_classes)
+    if spec.method.superposition:
+        labels = superposed_labels(
+            jax.random.fold_in(label_key, 1),
+            labels,
+            num_classes=spec.generator.num_classes,
+            count=min(spec.method.superposed_classes, spec.generator.num_classes),
+            probability=spec.method.superposition,
+        )
     return constrain_batch(noise, spec.mesh), constrain_batch(labels, spec.mesh)
+
+
+def hard_labels(labels: jax.Array) -> jax.Array:
+    """Labels `[B]`: as they are, or the heaviest class of class weights `[B, K]`."""
+    return jnp.argmax(labels, axis=-1) if labels.ndim == 2 else labels
 
 
 def teacher_forward(graph: Graph, teacher: Variables, images: jax.Array, *,
@@ -173,12 +190,12 @@ def synthesis_loss(generator: Any, teacher: Variables, centers: Centers, noise: 
     images = generate(spec.generator, generator, noise, labels)
     logits, features, bns = teacher_forward(spec.graph, teacher, images)
     terms = {
-        "generator/ce": losses.cross_entropy(logits, labels),
+        "generator/ce": losses.focal_cross_entropy(logits, labels, focus=method.class_focus),
         "generator/bns": bns,
     }
     total = method.class_weight * terms["generator/ce"] + method.bns_weight * bns
     if method.ama_weight:
-        terms["generator/ama"] = margin_loss(features, labels, centers, teacher, spec)
+        terms["generator/ama"] = margin_loss(features, hard_labels(labels), centers, teacher, spec)
         total += method.ama_weight * terms["generator/ama"]
     terms["generator/loss"] = total
     return total, {"images": images, "logits": logits, "features": features, "terms": terms}
@@ -194,7 +211,7 @@ def student_loss(trainable: Variables, student: Variables, images: jax.Array, la
         distill = losses.decoupled_distillation(
             logits,
             teacher_logits,
-            labels,
+            hard_labels(labels),
             alpha=method.distill_weight,
             beta=method.dkd_beta,
             temperature=method.temperature,
@@ -203,7 +220,12 @@ def student_loss(trainable: Variables, student: Variables, images: jax.Array, la
         distill = method.distill_weight * losses.distillation(
             logits, teacher_logits, temperature=method.temperature, reduction=method.kd_reduction
         )
-    terms = {"student/ce": losses.cross_entropy(logits, labels), "student/distill": distill}
+    terms = {
+        "student/ce": losses.easy_cross_entropy(
+            logits, teacher_logits, labels, hardest=method.ce_hardest
+        ),
+        "student/distill": distill,
+    }
     agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1))
     total = method.ce_weight * terms["student/ce"] + distill
     return total, {**terms, "student/loss": total, "student/agreement": agreement}
@@ -219,7 +241,7 @@ def _update_generator(state: TrainState, teacher: Variables, key: jax.Array, spe
     state = state._replace(
         generator=optax.apply_updates(state.generator, updates),
         generator_opt=opt,
-        centers=losses.update_centers(state.centers, aux["features"], labels),
+        centers=losses.update_centers(state.centers, aux["features"], hard_labels(labels)),
     )
     return state, jax.lax.stop_gradient(aux), labels
 
@@ -230,6 +252,8 @@ def _update_student(state: TrainState, images: jax.Array, labels: jax.Array,
     trainable = spec.student.trainable(state.student)
     grads, terms = gradient(trainable, state.student, images, labels, teacher_logits, spec=spec)
     updates, opt = student_optimizer(spec.method).update(grads, state.student_opt, trainable)
+    if spec.method.inundation:
+        updates = _inundated(updates, state.student, spec)
     trainable = optax.apply_updates(trainable, updates)
     state = state._replace(
         student=spec.student.with_trainable(state.student, trainable),
@@ -237,6 +261,22 @@ def _update_student(state: TrainState, images: jax.Array, labels: jax.Array,
         average=update_average(state.average, trainable, decay=spec.method.average_decay),
     )
     return state, terms
+
+
+def _inundated(updates: Variables, student: Variables, spec: StepSpec) -> Variables:
+    """Updates in which every kernel's is large enough to change its share of codes."""
+    params = dict(updates["params"])
+    for operation in spec.student.operations:
+        if operation.weight_bits:
+            name = operation.layer.name
+            step = kernel_parameters(spec.student.spec, student, operation).scale
+            kernel = student["params"][name]["kernel"]
+            share = spec.method.inundation
+            params[name] = {
+                **params[name],
+                "kernel": inundated(params[name]["kernel"], kernel, step, share),
+            }
+    return {**updates, "params": params}
 
 
 def step_key(state: Keyed) -> jax.Array:
