@@ -42,13 +42,13 @@ INGREDIENTS = {
     "nearest": ["--config.method.rounding=nearest"],
     "nearest, bias correction": [
         "--config.method.rounding=nearest",
-        "--config.method.bias_correction",
+        "--config.method.bias_correction=True",
     ],
-    "nearest, equalized": ["--config.method.rounding=nearest", "--config.method.equalize"],
-    "squant, equalized": ["--config.method.equalize"],
+    "nearest, equalized": ["--config.method.rounding=nearest", "--config.method.equalize=True"],
+    "squant, equalized": ["--config.method.equalize=True"],
     "squant, equalized, bias correction": [
-        "--config.method.equalize",
-        "--config.method.bias_correction",
+        "--config.method.equalize=True",
+        "--config.method.bias_correction=True",
     ],
     "adaround": [
         "--config.method.rounding=adaround",

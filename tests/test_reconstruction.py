@@ -21,10 +21,13 @@ from lrq_jax.passes import (
 )
 from lrq_jax.passes.blocks import block_forward, blocks_of
 from lrq_jax.passes.kernels import kernel_parameters
+from lrq_jax.presets import preset
 from lrq_jax.quantizers import adaround
 from lrq_jax.quantizers.affine import quantize_weight, weight_parameters
+from lrq_jax.synthesis.generator import GeneratorSpec
 from lrq_jax.training import reconstruction
 from lrq_jax.training.reconstruction import reconstructed
+from lrq_jax.training.steps import StepSpec, initial_state
 
 
 def student_of(build, **spec):
@@ -173,3 +176,17 @@ def test_the_loss_is_the_mean_over_pixels_of_the_error_and_of_choices_not_made(r
         late, channels * 0.25 + 0.01 * metrics["reconstruction/undecided"], rtol=1e-3
     )
     assert metrics["reconstruction/undecided"] > 1
+
+
+def test_a_state_has_its_structure_before_reconstruction(rebuilt):
+    """A run resumed after the reconstruction restores into a state as it is at the start."""
+    student, before, after, _ = rebuilt
+    method = preset("squant", image_size=8).method
+    spec = StepSpec(
+        student=student,
+        generator=GeneratorSpec(image_shape=(8, 8, 3), num_classes=5),
+        method=dataclasses.replace(method, rounding="adaround"),
+    )
+    teacher = {name: before[name] for name in ("params", "batch_stats")}
+    state = jax.eval_shape(lambda v: initial_state(spec, v, 0), teacher)
+    assert jax.tree.structure(state.student) == jax.tree.structure(after)

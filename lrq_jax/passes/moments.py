@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -70,7 +71,7 @@ def clipped_normal(mean: jax.Array, variance: jax.Array, low: float, high: float
     alpha, beta = (low - mean) / sigma, (high - mean) / sigma
     inside = norm.cdf(beta) - norm.cdf(alpha)
     below, above = norm.cdf(alpha), 1 - norm.cdf(beta)
-    top = high if jnp.isfinite(high) else 0.0  # its probability is 0
+    top = high if math.isfinite(high) else 0.0  # its probability is 0
     first = mean * inside + sigma * (norm.pdf(alpha) - norm.pdf(beta))
     second = (mean**2 + sigma**2) * inside
     second += sigma * ((mean + low) * norm.pdf(alpha) - (mean + top) * norm.pdf(beta))

@@ -35,15 +35,23 @@ def rounded_weights(student: Student, variables: Variables, rounding: str) -> Va
             f"method.rounding: found {rounding!r} for placement {student.spec.placement!r}, "
             "expected 'nearest' there: the others round to the codes of the integer placement"
         )
+    variables = with_held_ranges(student, variables)
     quant, params = variables["quant"], dict(variables["params"])
-    held = quant["weights"] or weight_ranges(student.spec, student.operations, params)
     for operation in student.operations:
         name, bits = operation.layer.name, operation.weight_bits
         if bits:
-            limits = stretched(held[name], quant["stretch"]["weights"][name])
+            limits = stretched(quant["weights"][name], quant["stretch"]["weights"][name])
             kernel = _rounded(params[name]["kernel"], limits, bits=bits, rounding=rounding)
             params[name] = {**params[name], "kernel": kernel}
-    return {**variables, "params": params, "quant": {**quant, "weights": held}}
+    return {**variables, "params": params}
+
+
+def with_held_ranges(student: Student, variables: Variables) -> Variables:
+    """The variables with the ranges of all kernels held as they are found in them now, if they
+    are not held already: kernels can then move, and their steps do not."""
+    quant = variables["quant"]
+    held = quant["weights"] or weight_ranges(student.spec, student.operations, variables["params"])
+    return {**variables, "quant": {**quant, "weights": held}}
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "rounding"))

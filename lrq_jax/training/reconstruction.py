@@ -18,8 +18,9 @@ from lrq_jax.graph import INPUT
 from lrq_jax.method import Method
 from lrq_jax.passes.blocks import Block, block_forward, blocks_of, fake_quantized
 from lrq_jax.passes.float_forward import Variables
-from lrq_jax.passes.kernels import coarse_kernel, kernel_parameters, weight_ranges
+from lrq_jax.passes.kernels import coarse_kernel, kernel_parameters
 from lrq_jax.passes.plan import Operation
+from lrq_jax.passes.rounding import with_held_ranges
 from lrq_jax.passes.student import Student, tensor_parameters
 from lrq_jax.quantizers import adaround
 from lrq_jax.quantizers.affine import dequantize
@@ -65,10 +66,7 @@ def reconstructed(student: Student, variables: Variables, images: jax.Array, met
     Raises:
       TrainingDiverged: a loss stopped being finite.
     """
-    held = variables["quant"]["weights"] or weight_ranges(
-        student.spec, student.operations, variables["params"]
-    )
-    variables = {**variables, "quant": {**variables["quant"], "weights": held}}
+    variables = with_held_ranges(student, variables)
     exact = {name: variables[name] for name in ("params", "batch_stats")}
     image_parameters = tensor_parameters(student, variables)[INPUT]
     quantized = fake_quantized(images, image_parameters, student.spec.boundary_bits)

@@ -22,7 +22,7 @@ from lrq_jax.passes.bias_correction import bias_corrected
 from lrq_jax.passes.equalization import equalized
 from lrq_jax.passes.float_forward import Variables
 from lrq_jax.passes.kernels import kernel_parameters
-from lrq_jax.passes.rounding import rounded_weights
+from lrq_jax.passes.rounding import rounded_weights, with_held_ranges
 from lrq_jax.quantizers.rounding import ROUNDINGS
 from lrq_jax.sharding import constrain_batch
 from lrq_jax.synthesis.augmentation import AUGMENTATIONS
@@ -110,6 +110,8 @@ def _prepared_student(spec: StepSpec, teacher: Variables) -> Variables:
     student = spec.student.initial_variables(floats)
     if method.rounding in ROUNDINGS:
         student = rounded_weights(spec.student, student, method.rounding)
+    else:  # reconstruction rounds later, and a state keeps its structure from the first step on
+        student = with_held_ranges(spec.student, student)
     if method.bias_correction:
         student = bias_corrected(spec.student, student, floats)
     return student
