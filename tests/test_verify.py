@@ -227,6 +227,21 @@ def test_flips_beyond_the_tolerance_fail(exported, monkeypatch):
     assert enough.passed
 
 
+def test_openvino_is_near(exported):
+    pytest.importorskip("openvino")
+    constants, near = verify.verify(exported, runtimes=("openvino",))
+    assert constants.passed
+    assert not near.exact
+    assert near.passed
+    assert near.tolerance == verify.TOLERANCE
+
+
+def test_a_tolerance_is_a_share(exported, capsys):
+    for tolerance in ("-0.1", "30"):
+        assert verify.main([str(exported), "--tolerance", tolerance]) == 2
+        assert "expected a share from 0 to 1" in capsys.readouterr().err
+
+
 # --- processors without VNNI ---------------------------------------------------------------------
 
 
