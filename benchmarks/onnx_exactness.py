@@ -82,16 +82,49 @@ def _top1(logits: np.ndarray, labels: np.ndarray) -> float | None:
     return round(100 * float(right.mean()), 4) if len(labels) else None
 
 
+def markdown(lines: list[str]) -> str:
+    """The finished cells as a table: images identical in a plain session (and under the option for
+    processors without VNNI, where that differs), and the size of the UINT4 file against the int8 one.
+    """
+    cells = {cell["cell"]: cell for cell in map(json.loads, lines)}
+    names = dict.fromkeys(name.rsplit(" ", 2)[0] for name in cells)
+    columns = [f"W{bits}A{bits} {policy}" for bits in BITS for policy in POLICIES]
+    rows = [f"| network | images | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for name in names:
+        found = [cells.get(f"{name} {column}") for column in columns]
+        images = next(cell["images"] for cell in found if cell)
+        rows.append(f"| {name} | {images} | {' | '.join(map(_outcome, found))} |")
+    return "\n".join(rows)
+
+
+def _outcome(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "not run"
+    storages = cell["storages"]
+    share = storages["uint4"]["bytes"] / storages["int8"]["bytes"]
+    if any(storage["float_layers"] for storage in storages.values()):
+        return "FLOATS"
+    differ = max(storage["images_that_differ"] for storage in storages.values())
+    if not differ:
+        return f"all ({share:.3f})"
+    wide = all(s["identical"] or s["identical_wide_pairs"] for s in storages.values())
+    return f"{differ} differ; {'all' if wide else 'DIFFER'} with wide pairs ({share:.3f})"
+
+
 def main() -> int:
     """Runs the missing cells; returns 1 if any line of OUT is not identical."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/onnx_exactness.jsonl"))
     parser.add_argument("--only", nargs="*", help="names of networks; default: all")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no cell after so long")
+    parser.add_argument("--table", action="store_true", help="print OUT as a table, run nothing")
     options = parser.parse_args()
     start = time.monotonic()
     assets = Path(os.environ.get("LRQ_ASSETS", ASSETS))
     lines = options.out.read_text().splitlines() if options.out.exists() else []
+    if options.table:
+        print(markdown(lines))
+        return 0
     done = {json.loads(line)["cell"] for line in lines}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "onnx", "onnxruntime")}
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] =
         "version": __version__,
         "jax": jax.__version__,
         "options": options,
-        "run": accuracy,
+        "run": _without_places(accuracy),
         "layers": layer_table(student, codes),
         "tensors": tensor_table(student, codes),
         "portable_without_vnni": is_portable(student, codes),
@@ -108,6 +108,18 @@ def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] =
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     return report
+
+
+def _without_places(report: Any) -> Any:
+    """The report with no directories of this machine in it: of paths, the last name stays."""
+    if not isinstance(report, dict):
+        return report
+    return {
+        key: Path(value).name
+        if isinstance(value, str) and key.endswith(("path", "workdir"))
+        else _without_places(value)
+        for key, value in report.items()
+    }
 
 
 def check_out(out: Path, overwrite: bool) -> None:

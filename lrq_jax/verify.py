@@ -123,7 +123,7 @@ def verify(directory: str | Path, *, data: EvalData | None = None, images: int |
 
     Raises:
       FileNotFoundError: no export there, or no file for a runtime asked for.
-      ValueError: an unknown runtime, or a student that cannot be read.
+      ValueError: an unknown runtime, a tolerance that is no share, or a student that cannot be read.
     """
     directory = Path(directory)
     student, codes, preprocessing = load_student(directory / STUDENT)
@@ -137,6 +137,8 @@ def verify(directory: str | Path, *, data: EvalData | None = None, images: int |
     unknown = [name for name in runtimes if name not in RUNTIMES]
     if unknown or not runtimes:
         raise ValueError(f"runtime: found {unknown or 'none'}, expected some of {list(RUNTIMES)}")
+    if not 0 <= tolerance <= 1:
+        raise ValueError(f"tolerance: found {tolerance}, expected a share from 0 to 1")
     if data is None:
         pixels = synthetic_pixels(student.graph.input_shape, SYNTHETIC_IMAGES)
     else:

@@ -21,6 +21,7 @@ RUN_REPORT = {
     "network": "small", "weight_bits": 4, "act_bits": 4, "preset": "lrq", "policy": "U",
     "steps": 1, "seed": 0, "images": 0, "versions": {"lrq_jax": "0"},
     "teacher_source": {"file": "t.pt", "sha256": "0"},
+    "settings": {"teacher_path": "/home/me/teachers/mine", "method": {"pool_path": ""}},
 }  # fmt: skip
 
 
@@ -55,7 +56,10 @@ def test_an_export_is_what_it_was_made_of(exported):
     kernels = sum(layer.get("kernel", np.zeros(0)).size for layer in variables["params"].values())
     assert 4 * kernels < report["float32_bytes"] < 4 * kernels + 4 * 100
     assert {row["layer"] for row in report["layers"]} > {"conv0", "classifier"}
-    assert "licence: (to be filled in" in (exported / "README.md").read_text()
+    card = (exported / "README.md").read_text()
+    assert "licence: (to be filled in" in card
+    assert '"teacher_path": "mine"' in card
+    assert "/home/me" not in card + (exported / "report.json").read_text()
     verdicts = verify.verify(exported)
     names = [verdict.runtime.split()[0] for verdict in verdicts]
     assert names == ["model.onnx", "model.jaxexport", "onnxruntime", "jaxexport"]

@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from small_networks import calibrated, resnet_like
 from test_export import finished_run
 
 from lrq_jax import export, verify
@@ -228,6 +227,21 @@ def test_flips_beyond_the_tolerance_fail(exported, monkeypatch):
     assert enough.passed
 
 
+def test_openvino_is_near(exported):
+    pytest.importorskip("openvino")
+    constants, near = verify.verify(exported, runtimes=("openvino",))
+    assert constants.passed
+    assert not near.exact
+    assert near.passed
+    assert near.tolerance == verify.TOLERANCE
+
+
+def test_a_tolerance_is_a_share(exported, capsys):
+    for tolerance in ("-0.1", "30"):
+        assert verify.main([str(exported), "--tolerance", tolerance]) == 2
+        assert "expected a share from 0 to 1" in capsys.readouterr().err
+
+
 # --- processors without VNNI ---------------------------------------------------------------------
 
 
@@ -269,14 +283,13 @@ def test_a_portable_file_has_no_such_excuse(exported, monkeypatch):
 # --- what is tried, and kept ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 3), (32, 32, 1), (2, 1, 3)])
+@pytest.mark.parametrize("shape", [(8, 8, 3), (32, 32, 1), (2, 4, 3)])
 def test_hostile_pixels_hold_every_value_in_every_channel(shape):
     pixels = hostile_pixels(shape)
     assert pixels.shape == (64, *shape)
     assert pixels.dtype == np.uint8
     for channel in range(shape[-1]):
-        held = set(pixels[..., channel].reshape(-1).tolist())
-        assert held == set(range(256)) or 64 * shape[0] * shape[1] < 256
+        assert set(pixels[..., channel].reshape(-1).tolist()) == set(range(256))
     assert set(np.unique(pixels[-1])) <= {0, 255}
 
 
@@ -312,4 +325,3 @@ def test_unmeasured_exports_say_so_until_they_are(exported, tmp_path, capsys):
     assert "verify DIR --record` does" in (out / "README.md").read_text()
     assert verify.main([str(out), "--record"]) == 0
     assert "verify DIR --record` does" not in (out / "README.md").read_text()
-    assert calibrated(resnet_like, 4)[0].graph.name in (out / "README.md").read_text()

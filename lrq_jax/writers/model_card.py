@@ -19,8 +19,7 @@ def model_card(report: dict[str, Any], preprocessing: Preprocessing) -> str:
     files = "\n".join(f"| {name} | {size:,} |" for name, size in report["files"].items())
     return f"""# {run["network"]}, W{run["weight_bits"]}A{run["act_bits"]} integers
 
-Made by lrq_jax {report["version"]} from a trained float
-network, without the data it was trained on.
+Made by lrq_jax {report["version"]} from a trained float network, without the data it was trained on.
 
 ## Accuracy
 
@@ -97,7 +96,7 @@ def _agreement(report: dict[str, Any]) -> str:
         return "Not measured: `python -m lrq_jax.verify DIR --record` does."
     rows = "\n".join(
         f"| {row['runtime']} | {row['images'] or '-'} | {row['different']} | {row['flips']} | "
-        f"{row['fault'] or 'passed'} |"
+        f"{' '.join(row['fault'].split()) or 'passed'} |"
         for row in report["agreement"]
     )
     return (
