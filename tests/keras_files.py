@@ -14,6 +14,24 @@ import zipfile
 import h5py
 import numpy as np
 
+_LAST = {"data_format": "channels_last"}
+_CONV = {"strides": [1, 1], "padding": "valid", "dilation_rate": [1, 1], "groups": 1,
+         "activation": "linear", "use_bias": True, **_LAST}  # fmt: skip
+_POOL = {"pool_size": [2, 2], "strides": [2, 2], "padding": "valid", **_LAST}
+_GLOBAL = {"keepdims": False, **_LAST}
+SETTINGS = {
+    "Conv2D": _CONV, "DepthwiseConv2D": _CONV, "SeparableConv2D": _CONV,
+    "Dense": {"activation": "linear", "use_bias": True},
+    "BatchNormalization": {"axis": -1, "epsilon": 1e-3, "center": True, "scale": True},
+    "ReLU": {"max_value": None, "negative_slope": 0.0, "threshold": 0.0},
+    "MaxPooling2D": _POOL, "AveragePooling2D": _POOL,
+    "GlobalAveragePooling2D": _GLOBAL, "GlobalMaxPooling2D": _GLOBAL,
+    "ZeroPadding2D": _LAST, "Cropping2D": _LAST, "Flatten": _LAST,
+    "Concatenate": {"axis": -1}, "Softmax": {"axis": -1}, "Rescaling": {"offset": 0.0},
+    "Normalization": {"axis": [-1], "invert": False, "mean": None, "variance": None},
+}  # fmt: skip
+"""What Keras writes into a layer's configuration where nothing else was asked for."""
+
 LAYOUTS = ("2.15.0 h5", "3.15.1 h5", "2.15.0 keras", "3.15.1 keras")
 
 
@@ -55,7 +73,8 @@ def config_of(nodes, name, version, kind="Functional", output=None):
 
 
 def _layer(node, nodes, keras_2, kind):
-    config = {"name": node.name, "trainable": True, "dtype": "float32", **node.config}
+    config = {"name": node.name, "trainable": True, "dtype": "float32"}
+    config |= {**SETTINGS.get(node.kind, {}), **node.config}
     if node.kind == "InputLayer":
         shape = [None, *config.pop("shape")]
         config["batch_input_shape" if keras_2 else "batch_shape"] = shape

@@ -231,7 +231,8 @@ def test_a_layer_called_twice_is_two_layers_of_the_same_weights(
     ([Node("ReLU", "r", {"max_value": None, "negative_slope": 0.5})], [("r", "leaky_relu", 0.5)]),
     ([Node("Activation", "a", {"activation": "leaky_relu"})], [("a", "leaky_relu", 0.2)]),
     ([Node("Activation", "a", {"activation": "hard_swish"})], [("a", "hard_swish", 0.2)]),
-    ([Node("Activation", "a", {"activation": {"class_name": "ReLU", "config": {"max_value": 6}}})],
+    ([Node("Activation", "a", {"activation": {"class_name": "ReLU", "config": {
+        "max_value": 6, "negative_slope": 0.0, "threshold": 0.0}}})],
      [("a", "relu6", 0.01)]),
 ])  # fmt: skip
 def test_activations(tmp_path, rng, extra, layers):
@@ -324,6 +325,52 @@ def damaged(change):
         return model
 
     return make
+
+
+@pytest.mark.parametrize(("node", "setting"), [
+    *(("Conv2D", s) for s in ("filters", "kernel_size", "strides", "padding", "dilation_rate",
+                              "activation", "use_bias", "data_format")),
+    *(("DepthwiseConv2D", s) for s in ("depth_multiplier", "strides")),
+    *(("SeparableConv2D", s) for s in ("depth_multiplier", "filters", "use_bias")),
+    *(("Dense", s) for s in ("units", "activation", "use_bias")),
+    *(("BatchNormalization", s) for s in ("axis", "epsilon", "center", "scale")),
+    *(("ReLU", s) for s in ("max_value", "negative_slope", "threshold")),
+    ("LeakyReLU", "negative_slope"), ("Activation", "activation"),
+    *(("MaxPooling2D", s) for s in ("pool_size", "strides", "padding", "data_format")),
+    ("ZeroPadding2D", "padding"), ("Cropping2D", "cropping"), ("Concatenate", "axis"),
+    ("Softmax", "axis"), ("Reshape", "target_shape"), *(("Rescaling", s) for s in ("scale", "offset")),
+])  # fmt: skip
+def test_a_setting_under_another_name_is_missed_and_not_assumed(tmp_path, rng, node, setting):
+    """All layers at once, those of the image first; one setting is misspelled."""
+    image_first = [Node("Rescaling", "Rescaling", {"scale": 2.0})]
+    rest = [
+        conv("Conv2D", normal(rng, 3, 3, 3, 4), padding="same"),
+        norm("BatchNormalization", statistics(rng, 4)),
+        conv("DepthwiseConv2D", normal(rng, 3, 3, 4, 1), kind="DepthwiseConv2D", padding="same"),
+        Node("SeparableConv2D", "SeparableConv2D",
+             {"filters": 4, "kernel_size": [3, 3], "depth_multiplier": 1, "use_bias": False},
+             weights={"depthwise_kernel": normal(rng, 3, 3, 4, 1),
+                      "pointwise_kernel": normal(rng, 1, 1, 4, 4)}),
+        Node("ReLU", "ReLU"), Node("LeakyReLU", "LeakyReLU", {"negative_slope": 0.3}),
+        Node("Activation", "Activation", {"activation": "relu"}), Node("MaxPooling2D", "MaxPooling2D"),
+        Node("Cropping2D", "Cropping2D", {"cropping": [[1, 0], [0, 1]]}),
+        Node("Concatenate", "Concatenate", {}, [[("Cropping2D", 0), ("Cropping2D", 0)]]),
+        Node("ZeroPadding2D", "ZeroPadding2D", {"padding": [[1, 1], [1, 1]]}),
+        pool(), Node("Reshape", "Reshape", {"target_shape": [8]}),
+        dense("Dense", normal(rng, 8, 3), activation="linear"), Node("Softmax", "Softmax"),
+    ]  # fmt: skip
+    nodes = chain(image(12, 12, 3), *image_first, *rest)
+    convert_teacher(write(tmp_path, nodes, KERAS), **PLAIN)
+
+    def misspell(_, layers):
+        config = next(layer for layer in layers if layer["config"]["name"] == node)["config"]
+        config[f"{setting}s"] = config.pop(setting)
+
+    path = write(tmp_path, nodes, KERAS, model=damaged(misspell)(nodes))
+    with pytest.raises(
+        ReaderError, match=rf"'{node}'.*no setting '{setting}' among .*'{setting}s'"
+    ):
+        convert_teacher(path, **PLAIN)
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -45,23 +45,26 @@ def _activate(t: Translator, call: Call, tensor: str, activation: Any, suffix: s
 
 
 def _relu_kind(t: Translator, call: Call, config: dict[str, Any]) -> tuple[str, float]:
-    top, slope = config.get("max_value"), number(config.get("negative_slope") or 0)
-    if number(config.get("threshold") or 0) == 0:
+    top, slope, threshold = (
+        t.setting(call, name, config) for name in ("max_value", "negative_slope", "threshold")
+    )
+    slope = number(slope or 0)
+    if number(threshold or 0) == 0:
         if slope == 0 and (top is None or number(top) == 6):
             return ("relu" if top is None else "relu6"), 0.01
         if top is None:
             return "leaky_relu", slope
-    raise t.refuse(call, f"max_value {top}, negative_slope {slope}, threshold "
-                   f"{config.get('threshold')}", "ReLU, ReLU6 or LeakyReLU")  # fmt: skip
+    raise t.refuse(call, f"max_value {top}, negative_slope {slope}, threshold {threshold}",
+                   "ReLU, ReLU6 or LeakyReLU")  # fmt: skip
 
 
 def _leaky_kind(t: Translator, call: Call, config: dict[str, Any]) -> tuple[str, float]:
-    found = config["negative_slope"] if "negative_slope" in config else config.get("alpha", 0.3)
-    return "leaky_relu", number(found)
+    slope = "alpha" if "alpha" in config else "negative_slope"  # Keras 2 and 3
+    return "leaky_relu", number(t.setting(call, slope, config))
 
 
 def _activation(t: Translator, call: Call, x: Value) -> Value:
-    return _activate(t, call, t.tensor(call, x), call.config["activation"], "")
+    return _activate(t, call, t.tensor(call, x), t.setting(call, "activation"), "")
 
 
 def _rectifier(kind_of: Callable[..., tuple[str, float]]) -> Translate:
@@ -104,9 +107,9 @@ def _convolve(t: Translator, call: Call, x: Value, kernel: np.ndarray, groups: i
         tensor,
         kernel.shape[3],
         (kernel.shape[0], kernel.shape[1]),
-        strides=t.pair(call, "strides", 1),
+        strides=t.pair(call, "strides"),
         padding=padding,
-        dilation=t.pair(call, "dilation_rate", 1),
+        dilation=t.pair(call, "dilation_rate"),
         groups=groups,
         use_bias=bias is not None,
         name=t.name(name),
@@ -115,17 +118,18 @@ def _convolve(t: Translator, call: Call, x: Value, kernel: np.ndarray, groups: i
     return made
 
 
-def _bias(call: Call, features: int) -> dict[str, tuple[int, ...]]:
-    return {"bias": (features,)} if call.config.get("use_bias", True) else {}
+def _bias(t: Translator, call: Call, features: int) -> dict[str, tuple[int, ...]]:
+    return {"bias": (features,)} if t.setting(call, "use_bias") else {}
 
 
 def _conv(t: Translator, call: Call, x: Value) -> Value:
     t.channels_last(call)
-    features, groups = call.config["filters"], call.config.get("groups", 1)
+    features = t.setting(call, "filters")
+    groups = call.config.get("groups", 1)  # since Keras 2.3; a wrong one shows in the kernel
     shape = (*t.pair(call, "kernel_size"), _channels(t, call, x) // groups, features)
-    found = t.weights(call, {"kernel": shape, **_bias(call, features)})
+    found = t.weights(call, {"kernel": shape, **_bias(t, call, features)})
     made = _convolve(t, call, x, found["kernel"], groups, found.get("bias"), call.name)
-    return _activate(t, call, made, call.config.get("activation"), "_activation")
+    return _activate(t, call, made, t.setting(call, "activation"), "_activation")
 
 
 def _channels(t: Translator, call: Call, x: Value) -> int:
@@ -137,57 +141,51 @@ def _channels(t: Translator, call: Call, x: Value) -> int:
 
 def _depthwise(t: Translator, call: Call, x: Value) -> Value:
     t.channels_last(call)
-    channels, copies = _channels(t, call, x), call.config.get("depth_multiplier", 1)
+    channels, copies = _channels(t, call, x), t.setting(call, "depth_multiplier")
     shape = (*t.pair(call, "kernel_size"), channels, copies)
-    found = t.weights(call, {"kernel": shape, **_bias(call, channels * copies)})
+    found = t.weights(call, {"kernel": shape, **_bias(t, call, channels * copies)})
     kernel = found["kernel"].reshape(*shape[:2], 1, channels * copies)
     made = _convolve(t, call, x, kernel, channels, found.get("bias"), call.name)
-    return _activate(t, call, made, call.config.get("activation"), "_activation")
+    return _activate(t, call, made, t.setting(call, "activation"), "_activation")
 
 
 def _separable(t: Translator, call: Call, x: Value) -> Value:
     t.channels_last(call)
-    channels, copies = _channels(t, call, x), call.config.get("depth_multiplier", 1)
-    shape, features = (*t.pair(call, "kernel_size"), channels, copies), call.config["filters"]
+    channels, copies = _channels(t, call, x), t.setting(call, "depth_multiplier")
+    features, shape = t.setting(call, "filters"), (*t.pair(call, "kernel_size"), channels, copies)
     inner = channels * copies
-    found = t.weights(
-        call,
-        {
-            "depthwise_kernel": shape,
-            "pointwise_kernel": (1, 1, inner, features),
-            **_bias(call, features),
-        },
-    )
+    found = t.weights(call, {"depthwise_kernel": shape, "pointwise_kernel": (1, 1, inner, features),
+                             **_bias(t, call, features)})  # fmt: skip
     kernel = found["depthwise_kernel"].reshape(*shape[:2], 1, inner)
     depthwise = _convolve(t, call, x, kernel, channels, None, f"{call.name}_depthwise")
     bias = found.get("bias")
     made = t.net.conv(depthwise, features, 1, use_bias=bias is not None, name=t.name(call.name))
     t.put(made, kernel=found["pointwise_kernel"], **({} if bias is None else {"bias": bias}))
-    return _activate(t, call, made, call.config.get("activation"), "_activation")
+    return _activate(t, call, made, t.setting(call, "activation"), "_activation")
 
 
 def _dense(t: Translator, call: Call, x: Value) -> Value:
-    shape, features = t.shape(x), call.config["units"]
+    shape, features = t.shape(x), t.setting(call, "units")
     if len(shape) != 1:
         raise t.refuse(
             call, f"an input of shape {shape}", "a vector: GlobalAveragePooling2D or Flatten before"
         )
-    found = t.weights(call, {"kernel": (shape[0], features), **_bias(call, features)})
+    found = t.weights(call, {"kernel": (shape[0], features), **_bias(t, call, features)})
     bias = "bias" in found
     made = t.net.dense(t.tensor(call, x), features, use_bias=bias, name=t.name(call.name))
     t.put(made, **found)
-    return _activate(t, call, made, call.config.get("activation"), "_activation")
+    return _activate(t, call, made, t.setting(call, "activation"), "_activation")
 
 
 def _batch_norm(t: Translator, call: Call, x: Value) -> Value:
     t.last_axis(call, x)
     channels = t.shape(x)[-1:]
     affine = [name for name, on in (("gamma", "scale"), ("beta", "center"))
-              if call.config.get(on, True)]  # fmt: skip
+              if t.setting(call, on)]  # fmt: skip
     found = t.weights(call, dict.fromkeys((*affine, "moving_mean", "moving_variance"), channels))
     made = t.net.batch_norm(
         t.tensor(call, x),
-        eps=number(call.config.get("epsilon", 1e-3)),
+        eps=number(t.setting(call, "epsilon")),
         affine=bool(affine),
         name=t.name(call.name),
     )
@@ -206,8 +204,8 @@ def _batch_norm(t: Translator, call: Call, x: Value) -> Value:
 def _pool(average: bool) -> Translate:
     def translate(t: Translator, call: Call, x: Value) -> Value:
         t.channels_last(call)
-        window = t.pair(call, "pool_size", 2)
-        strides = window if call.config.get("strides") is None else t.pair(call, "strides")
+        window = t.pair(call, "pool_size")
+        strides = window if t.setting(call, "strides") is None else t.pair(call, "strides")
         settings: dict[str, Any] = {"strides": strides, "padding": t.padding(call)}
         if average:  # TensorFlow never counts padding in a mean
             settings["count_include_pad"] = False
@@ -220,7 +218,7 @@ def _pool(average: bool) -> Translate:
 def _global_average(t: Translator, call: Call, x: Value) -> Value:
     t.channels_last(call)
     made = t.net.global_pool(t.tensor(call, x), name=t.name(call.name))
-    if call.config.get("keepdims"):
+    if call.config.get("keepdims"):  # since Keras 2.6
         made = t.net.unflatten(made, name=t.name(f"{call.name}_keepdims"))
     return Value(tensor=made)
 
@@ -254,7 +252,7 @@ def _cropping(t: Translator, call: Call, x: Value) -> Value:
 
 
 def _two_pairs(t: Translator, call: Call, setting: str) -> Padding:
-    found = call.config[setting]
+    found = t.setting(call, setting)
     rows = [found, found] if isinstance(found, int) else list(found)
     rows = [[row, row] if isinstance(row, int) else list(row) for row in rows]
     if [len(row) for row in rows] != [2, 2] or min(min(row) for row in rows) < 0:
@@ -271,7 +269,7 @@ def _flatten(t: Translator, call: Call, x: Value) -> Value:
 
 
 def _reshape(t: Translator, call: Call, x: Value) -> Value:
-    shape, wanted = t.shape(x), tuple(call.config["target_shape"])
+    shape, wanted = t.shape(x), tuple(t.setting(call, "target_shape"))
     if wanted.count(-1) == 1:
         rest = -math.prod(wanted)
         wanted = tuple(math.prod(shape) // rest if n == -1 else n for n in wanted)
@@ -333,13 +331,13 @@ def _normalised(t: Translator, call: Call, x: Value, scale: np.ndarray, offset: 
 
 
 def _rescaling(t: Translator, call: Call, x: Value) -> Value:
-    offset = numbers(call.config.get("offset", 0))
-    return _normalised(t, call, x, numbers(call.config["scale"]), offset)
+    scale, offset = (numbers(t.setting(call, name)) for name in ("scale", "offset"))
+    return _normalised(t, call, x, scale, offset)
 
 
 def _normalization(t: Translator, call: Call, x: Value) -> Value:
     t.last_axis(call, x)
-    if call.config.get("invert"):
+    if call.config.get("invert"):  # since Keras 2.11
         raise t.refuse(call, "invert=True", "a normalisation")
     if call.config.get("mean") is not None:
         mean, variance = (numbers(call.config[name]) for name in ("mean", "variance"))

@@ -131,21 +131,34 @@ class Translator:
 
     # --- settings --------------------------------------------------------------------------------
 
+    def setting(self, call: Call, name: str, config: dict[str, Any] | None = None) -> Any:
+        """A setting that Keras always writes, from the layer's own configuration or from `config`.
+
+        Raises:
+          ReaderError: it is not there. A default in its place would make another network of a
+            setting whose name is written in a way that is not known here.
+        """
+        config = call.config if config is None else config
+        if name not in config:
+            raise self.refuse(call, f"no setting {name!r} among {sorted(config)}",
+                              "it: Keras writes every setting of a layer")  # fmt: skip
+        return config[name]
+
     def channels_last(self, call: Call) -> None:
         """Refuses the other layout of images."""
-        if (found := call.config.get("data_format", "channels_last")) not in ("channels_last", None):  # fmt: skip
+        if (found := self.setting(call, "data_format")) not in ("channels_last", None):
             raise self.refuse(call, f"data_format {found!r}", "'channels_last'")
 
     def last_axis(self, call: Call, value: Value) -> None:
         """Refuses an axis other than that of the channels."""
-        axis = call.config.get("axis", -1)
+        axis = self.setting(call, "axis")
         axes = list(axis) if isinstance(axis, list | tuple) else [axis]
         if axes not in ([-1], [len(self.shape(value))]):
             raise self.refuse(call, f"axis {axis}", "that of the channels, the last")
 
-    def pair(self, call: Call, setting: str, default: int | None = None) -> Pair:
+    def pair(self, call: Call, setting: str) -> Pair:
         """A setting of two whole numbers, or of one for both."""
-        value = call.config.get(setting, default)
+        value = self.setting(call, setting)
         values = value if isinstance(value, list | tuple) else [value, value]
         if len(values) != 2 or not all(isinstance(n, int) for n in values):
             raise self.refuse(call, f"{setting} {value!r}", "two whole numbers")
@@ -153,7 +166,7 @@ class Translator:
 
     def padding(self, call: Call) -> str | int:
         """The padding in the builder's terms."""
-        found = call.config.get("padding", "valid")
+        found = self.setting(call, "padding")
         if found not in ("valid", "same"):
             raise self.refuse(call, f"padding {found!r}", "'valid' or 'same'")
         return "tf_same" if found == "same" else 0
