@@ -16,7 +16,7 @@ from test_steps import tiny_settings, tiny_teacher
 from lrq_jax.config import RunSettings
 from lrq_jax.quantize import prepare, quantize, step_spec
 from lrq_jax.sharding import data_mesh
-from lrq_jax.training import noise_pool
+from lrq_jax.training import loop, noise_pool
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.writers.codes import load_student
@@ -97,9 +97,7 @@ def test_a_diverging_run_names_step_terms_and_checkpoint(teacher, tmp_path):
     settings = tiny_settings(
         student_optimizer="sgd", student_learning_rate=1e30, student_schedule="constant"
     )
-    settings = RunSettings(
-        **{**vars(settings), "log_every": 1, "checkpoint_every": 2, "precision": "highest"}
-    )
+    settings = RunSettings(**{**vars(settings), "log_every": 1, "checkpoint_every": 2})
     with pytest.raises(TrainingDiverged) as raised:
         quantize(prepare(teacher, settings, None, tmp_path / "run"))
     message = str(raised.value)
@@ -161,19 +159,49 @@ def test_an_interrupted_pool_is_finished_with_the_same_images(teacher, tmp_path,
     assert not np.array_equal(whole.images, other.images)
 
 
-@pytest.mark.parametrize("preset", ["lrq_released", "gdfq"])
-@pytest.mark.parametrize("placement", ["integer", "paper"])
-def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, placement):
+@pytest.fixture
+def compilations_between_steps(monkeypatch):
+    """Programs compiled from the second step of a phase to its last, logging included; the third
+    step or a later one must be there, or there is nothing to count."""
+    compiled, found = [], {}
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    real = loop.compile_step
+
+    def counting(step, *arguments, **options):
+        program, starts = real(step, *arguments, **options), []
+
+        def call(*arguments):
+            starts.append(len(compiled))
+            if len(starts) > 2:
+                found[step.__name__] = starts[-1] - starts[1]
+            return program(*arguments)
+
+        return call
+
+    monkeypatch.setattr(loop, "compile_step", counting)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("preset", "placement"),
+    [(p, q) for p in ("lrq_released", "gdfq") for q in ("integer", "paper")] + [("lrq", "integer")],
+)
+def test_every_preset_runs_from_start_to_report(
+    teacher, tmp_path, preset, placement, compilations_between_steps
+):
     from lrq_jax.config import base_config, resolve
 
     config = base_config()
     config.method.preset = preset
     config.student.placement = placement
-    config.steps = 2
+    config.steps = 3
+    config.log_every = 1
     for name, value in {
         "batch_size": 8,
-        "warmup_steps": 2,
-        "calibration_steps": 2,
+        "warmup_steps": 3,
+        "calibration_steps": 3,
         "generator_width": 8,
         "noise_batches": 1,
         "noise_batch_size": 8,
@@ -187,5 +215,7 @@ def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, place
     assert report["images"] == 0
     assert report["drop"] is None
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == 4
+    assert json.loads(lines[-1])["step"] == 6
+    student = "pool_step" if preset == "lrq_released" else "joint_step"
+    assert compilations_between_steps == {"calibration_step": 0, student: 0}
     assert (tmp_path / "run" / "pool").exists() == (preset == "lrq_released")

@@ -6,6 +6,7 @@ Nothing here is jitted, sharded or donated; `training.compilation` does that in 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from lrq_jax.losses.margin import Centers
 from lrq_jax.method import Method
 from lrq_jax.passes import Student, calibrate, float_forward, float_logits, student_forward
 from lrq_jax.passes.float_forward import Variables
+from lrq_jax.resources import DEFAULT_RESOURCES, Resources, accumulated_gradient
 from lrq_jax.sharding import constrain_batch
 from lrq_jax.synthesis.augmentation import random_resized_crop_flip
 from lrq_jax.synthesis.generator import GeneratorSpec, generate, init_generator
@@ -41,12 +43,14 @@ class StepSpec:
       generator: the generator.
       method: losses, schedules, optimisers.
       mesh: device mesh with axis `data`, or None for one device.
+      resources: precision and memory.
     """
 
     student: Student
     generator: GeneratorSpec
     method: Method
     mesh: Mesh | None = None
+    resources: Resources = DEFAULT_RESOURCES
 
     @property
     def graph(self) -> Graph:
@@ -117,10 +121,13 @@ def draw_latents(key: jax.Array, spec: StepSpec) -> tuple[jax.Array, jax.Array]:
     return constrain_batch(noise, spec.mesh), constrain_batch(labels, spec.mesh)
 
 
-def teacher_forward(graph: Graph, teacher: Variables, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Logits `[B, K]`, pooled features `[B, D]` and the BNS loss of the frozen teacher."""
+def teacher_forward(graph: Graph, teacher: Variables, images: jax.Array, resources: Resources) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Logits `[B, K]`, pooled features `[B, D]` and the BNS loss of the frozen teacher, float32
+    whatever the teacher is computed in."""
     taps = tuple(layer.inputs[0] for layer in graph.batch_norms)
-    values = float_forward(graph, teacher, images, (graph.output, graph.features, *taps))
+    outputs = (graph.output, graph.features, *taps)
+    values = float_forward(graph, *resources.cast((teacher, images), smallest_rank=2), outputs)
+    values = {name: value.astype(jnp.float32) for name, value in values.items()}
     running = [
         (teacher["batch_stats"][layer.name]["mean"], teacher["batch_stats"][layer.name]["var"])
         for layer in graph.batch_norms
@@ -154,8 +161,9 @@ def synthesis_loss(generator: Any, teacher: Variables, centers: Centers, noise: 
       The loss, and `{"images", "logits", "features"}` plus the terms as metrics under `"terms"`.
     """
     method = spec.method
-    images = generate(spec.generator, generator, noise, labels)
-    logits, features, bns = teacher_forward(spec.graph, teacher, images)
+    images = generate(spec.generator, *spec.resources.cast((generator, noise)), labels)
+    images = images.astype(jnp.float32)
+    logits, features, bns = teacher_forward(spec.graph, teacher, images, spec.resources)
     terms = {
         "generator/ce": losses.cross_entropy(logits, labels),
         "generator/bns": bns,
@@ -195,8 +203,9 @@ def student_loss(trainable: Variables, student: Variables, images: jax.Array, la
 
 def _update_generator(state: TrainState, teacher: Variables, key: jax.Array, spec: StepSpec) -> tuple[TrainState, dict[str, Any], jax.Array]:  # fmt: skip
     noise, labels = draw_latents(key, spec)
-    gradient = jax.grad(synthesis_loss, has_aux=True)
-    grads, aux = gradient(state.generator, teacher, state.centers, noise, labels, spec=spec)
+    loss = spec.resources.rematerialized(functools.partial(synthesis_loss, spec=spec))
+    gradient = jax.grad(loss, has_aux=True)
+    grads, aux = gradient(state.generator, teacher, state.centers, noise, labels)
     updates, opt = generator_optimizer(spec.method).update(
         grads, state.generator_opt, state.generator
     )
@@ -210,9 +219,12 @@ def _update_generator(state: TrainState, teacher: Variables, key: jax.Array, spe
 
 def _update_student(state: TrainState, images: jax.Array, labels: jax.Array,
                     teacher_logits: jax.Array, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
-    gradient = jax.grad(student_loss, has_aux=True)
+    loss = spec.resources.rematerialized(
+        lambda trainable, *batch: student_loss(trainable, state.student, *batch, spec=spec)
+    )
+    gradient = accumulated_gradient(loss, spec.resources.micro_batches, spec.mesh)
     trainable = spec.student.trainable(state.student)
-    grads, terms = gradient(trainable, state.student, images, labels, teacher_logits, spec=spec)
+    grads, terms = gradient(trainable, images, labels, teacher_logits)
     updates, opt = student_optimizer(spec.method).update(grads, state.student_opt, trainable)
     trainable = optax.apply_updates(trainable, updates)
     state = state._replace(
@@ -264,7 +276,9 @@ def pool_step(state: TrainState, teacher: Variables, images: jax.Array, labels: 
     batch, batch_labels = images[picked], labels[picked]
     if spec.method.augment:
         batch = random_resized_crop_flip(augment_key, batch)
-    teacher_logits = float_logits(spec.graph, teacher, batch)
+    cast = spec.resources.cast((teacher, batch), smallest_rank=2)
+    teacher_logits = float_logits(spec.graph, *cast)
+    teacher_logits = teacher_logits.astype(jnp.float32)
     state, terms = _update_student(state, batch, batch_labels, teacher_logits, spec)
     return state._replace(step=state.step + 1), terms
 
@@ -302,7 +316,7 @@ def noise_loss(images: jax.Array, labels: jax.Array, key: jax.Array, teacher: Va
         lambda x: x,
         images,
     )
-    logits, features, bns = teacher_forward(spec.graph, teacher, images)
+    logits, features, bns = teacher_forward(spec.graph, teacher, images, spec.resources)
     targets = losses.sample_targets(target_key, labels.shape[0], lowest=method.noise_lowest_target)
     terms = {
         "noise/bns": bns,
