@@ -347,3 +347,18 @@ def test_safetensors(tmp_path):
         one(b"F8_E4M3", bytes(24))
     with pytest.raises(ReaderError, match="damaged"):
         one(b"F32", bytes(20))
+
+
+def test_a_safetensors_file_cut_anywhere_is_an_error(tmp_path):
+    path, cut = tmp_path / "a.safetensors", tmp_path / "cut.safetensors"
+    safetensors.numpy.save_file({"w": VALUES, "n": np.arange(3)}, path)
+    data = path.read_bytes()
+    for length in [*range(0, len(data), 11), len(data) - 1]:
+        cut.write_bytes(data[:length])
+        with pytest.raises(ReaderError, match=r"^cut\.safetensors: found"):
+            read_safetensors_file(cut)
+    # A header that claims more than there is, in the largest number its eight bytes hold.
+    for claimed in (2**32, 2**63, 2**64 - 1):
+        cut.write_bytes(struct.pack("<Q", claimed) + data[8:])
+        with pytest.raises(ReaderError, match=r"^cut\.safetensors: found"):
+            read_safetensors_file(cut)

@@ -50,6 +50,7 @@ test_images.__test__ = False
     ("file", "dataset", "images", "top1"),
     [
         ("cifar10/resnet20_akamaster.pt", "cifar10", 9977, 91.73),
+        pytest.param("cifar10/resnet32_akamaster.pt", "cifar10", 9977, 92.62, marks=slow),
         ("cifar10/resnet20_forge.pt", "cifar10", 9977, 92.13),
         ("cifar100/resnet20_forge.pt", "cifar100", 10000, 68.17),
         pytest.param("cifar10/mobilenetv2_x0.5_forge.pt", "cifar10", 9977, 91.74, marks=slow),

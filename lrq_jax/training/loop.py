@@ -120,7 +120,10 @@ class TrainingLoop:
             return state
         arguments: tuple[Any, ...] = (self._variables,)
         if phase.step in (steps.pool_step, steps.pool_calibration_step):
-            arguments += self.pool()
+            try:
+                arguments += self.pool()
+            except TrainingDiverged as error:
+                raise TrainingDiverged(f"{error}; {_last_good(checkpoints, self._run)}") from error
         done = start
         per_call = min(
             steps_per_dispatch(self._settings.steps_per_dispatch, self._spec.mesh),
@@ -280,11 +283,14 @@ def _due(before: int, done: int, stop: int) -> Callable[[int], bool]:
     return lambda every: done // every > before // every or done >= stop
 
 
-def _way_out(checkpoints: TrainingCheckpoints, run: RunDirectory) -> str:
+def _last_good(checkpoints: TrainingCheckpoints, run: RunDirectory) -> str:
     step = checkpoints.latest_step
-    last = "none yet" if step is None else str(run.checkpoints / str(step))
+    return f"last good checkpoint: {'none yet' if step is None else run.checkpoints / str(step)}"
+
+
+def _way_out(checkpoints: TrainingCheckpoints, run: RunDirectory) -> str:
     return (
-        f"last good checkpoint: {last}; lower method.student_learning_rate or "
+        f"{_last_good(checkpoints, run)}; lower method.student_learning_rate or "
         "method.generator_learning_rate, or method.gradient_clip, and start with another --workdir"
     )
 

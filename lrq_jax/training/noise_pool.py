@@ -98,7 +98,7 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
       seed: of the run.
 
     Raises:
-      FloatingPointError: a loss stopped being finite; step and terms named.
+      TrainingDiverged: a loss stopped being finite; iteration and terms named.
     """
     directory.mkdir(parents=True, exist_ok=True)
     method, graph, mesh = spec.method, spec.graph, spec.mesh
@@ -149,8 +149,8 @@ def _checked(name: str, done: int, pending: list[dict[str, jax.Array]]) -> dict[
         if not all(np.isfinite(v) for v in values.values()):
             raise TrainingDiverged(
                 f"{name}: a loss is not finite at iteration {done - len(found) + offset}: "
-                f"{values}; finished batches and checkpoints are kept; lower "
-                "method.noise_learning_rate and start with another --workdir"
+                f"{values}; finished batches are kept; lower method.noise_learning_rate and "
+                "start with another --workdir"
             )
     return found[-1]
 
