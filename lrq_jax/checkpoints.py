@@ -17,6 +17,14 @@ LOSS = "loss"
 _NO_LOSS = float("inf")
 
 
+def local_checkpointer() -> ocp.StandardCheckpointer:
+    """Orbax' for what one process reads or writes, whatever the others of its job do: its default
+    waits for all of them."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
 class TrainingCheckpoints:
     """Keeps two checkpoints under `directory`: the latest, and the one of lowest training loss.
 

@@ -15,11 +15,10 @@ from lrq_jax.method import Method
 from lrq_jax.passes.plan import QuantSpec
 from lrq_jax.presets import METHOD_FIELDS, preset
 from lrq_jax.quantizers.ranges import OBSERVERS
+from lrq_jax.resources import DEFAULT_RESOURCES, Resources
 
 if typing.TYPE_CHECKING:
     from ml_collections import ConfigDict
-
-PRECISIONS = ("default", "high", "highest")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +35,7 @@ class RunSettings:
       preset: name of the method's preset.
       method: the preset with the config's overrides.
       seed: of every random number of the run.
-      precision: of float matrix products: `highest` is float32 everywhere; `default` is bfloat16
-        on TPU and TF32 on GPU.
+      resources: precision and memory of the steps; evaluation is always in float32.
       eval_batch_size: images.
       steps_per_dispatch: training steps a program call runs; 0: chosen per backend.
       log_every, checkpoint_every, images_every: steps.
@@ -54,7 +52,7 @@ class RunSettings:
     preset: str
     method: Method
     seed: int
-    precision: str
+    resources: Resources
     eval_batch_size: int
     steps_per_dispatch: int
     log_every: int
@@ -91,7 +89,8 @@ def base_config() -> ConfigDict:
             "method": {"preset": "lrq", **unset(Method, ours)},
             "steps": config_dict.placeholder(int),
             "seed": 0,
-            "precision": "highest",
+            **dataclasses.asdict(DEFAULT_RESOURCES),
+            "distributed": False,
             "eval_batch_size": 500,
             "steps_per_dispatch": 0,
             "log_every": 20,
@@ -175,8 +174,9 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
             f"{method.images!r}, expected a folder of real images with method.images='folder', "
             "and with it alone"
         )
-    if config.precision not in PRECISIONS:
-        raise ValueError(f"precision: found {config.precision!r}, expected one of {PRECISIONS}")
+    resources = Resources(
+        **{field.name: config[field.name] for field in dataclasses.fields(Resources)}
+    )
     if not 0 <= config.seed < 2**32:  # jax's keys drop further bits, silently
         raise ValueError(f"seed: found {config.seed}, expected 0 to {2**32 - 1}")
     if config.data.train_images < 1:
@@ -202,7 +202,7 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
         preset=config.method.preset,
         method=method,
         seed=config.seed,
-        precision=config.precision,
+        resources=resources,
         eval_batch_size=config.eval_batch_size,
         steps_per_dispatch=config.steps_per_dispatch,
         log_every=config.log_every,

@@ -11,10 +11,19 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 10.0
+_silent = False
+
+
+def be_silent() -> None:
+    """From now on this process says nothing: another one of its job does."""
+    global _silent
+    _silent = True
 
 
 def say(message: str) -> None:
     """A line for the person who runs the command."""
+    if _silent:
+        return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
@@ -40,7 +49,7 @@ class Progress:
         self._phase, self._unit = phase, unit
         self._start, self._done, self._stop = start, start, stop
         self._began = self._spoke = time.monotonic()
-        terminal = sys.stdout.isatty()
+        terminal = sys.stdout.isatty() and not _silent
         self._bar = (
             tqdm(desc=phase, initial=start, total=stop, unit=unit, file=sys.stdout, leave=True)
             if terminal

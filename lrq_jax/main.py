@@ -2,12 +2,15 @@
 
     python -m lrq_jax.main [--config=configs/NAME.py] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
+With --config.distributed=True on every process of a job they train together; see `processes.py`.
+
 Without --config: the embedded default (handwritten digits, a small residual teacher).
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,8 +22,9 @@ from ml_collections import config_flags
 
 from lrq_jax import config as embedded_config
 from lrq_jax.config import base_config, field_names, resolve
-from lrq_jax.console import say
+from lrq_jax.console import be_silent, say
 from lrq_jax.paths import cache_directory
+from lrq_jax.processes import is_first, join_processes
 from lrq_jax.quantize import load_eval_data, prepare, quantize, step_spec, summary
 from lrq_jax.readers.store import load_teacher
 from lrq_jax.sharding import data_mesh
@@ -30,11 +34,25 @@ REFUSED = 2
 """Exit code when nothing was started because the input cannot be used."""
 DIVERGED = 3
 """Exit code when a loss stopped being finite."""
+LOST = 4
+"""Exit code when another process of the job was lost."""
 
 
 def _exit(code: int, message: str) -> NoReturn:
     print(f"lrq_jax: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _leave(reason: str) -> NoReturn:
+    """Ends a job that has lost a process, at once: an ordinary exit waits for all of them."""
+    print(
+        f"lrq_jax: process {jax.process_index()} of {jax.process_count()}: a step failed, most "
+        f"likely because another process ended ({reason.splitlines()[0][:200]}); start all of them "
+        "again, as many as you like, on the same --workdir: it resumes",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST)
 
 
 def _check_names(names: Iterable[str], where: str) -> None:
@@ -100,16 +118,27 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax reports each array it writes
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
     try:
+        if _CONFIG.value.distributed:
+            join_processes()
+            if not is_first():
+                be_silent()
         teacher = load_teacher(_CONFIG.value.teacher.path)
         settings = resolve(_CONFIG.value, image_size=max(teacher.graph.input_shape[:2]))
         step_spec(teacher, settings, data_mesh())  # before images are read, which can take long
-        job = prepare(teacher, settings, load_eval_data(settings), _WORKDIR.value)
+        data = load_eval_data(settings) if is_first() else None
+        job = prepare(teacher, settings, data, _WORKDIR.value)
     except (ValueError, OSError, ImportError) as error:
         _exit(REFUSED, str(error))
     try:
         report = quantize(job)
     except TrainingDiverged as error:
         _exit(DIVERGED, str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        _leave(str(error))
+    if not is_first():
+        return
     say(summary(report))
     say(f"report: {_WORKDIR.value}/report.json")
 

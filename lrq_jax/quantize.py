@@ -18,9 +18,10 @@ from lrq_jax.console import say
 from lrq_jax.data import EvalData, Preprocessing, load_data, preprocess
 from lrq_jax.evaluation import Accuracy, evaluate
 from lrq_jax.passes import Student, float_logits, frozen_logits, student_forward
+from lrq_jax.processes import is_first, wait_for_all
 from lrq_jax.readers.teacher import Teacher, teacher_hash
 from lrq_jax.run_directory import RunDirectory
-from lrq_jax.sharding import data_mesh
+from lrq_jax.sharding import data_mesh, local_mesh
 from lrq_jax.synthesis.generator import GeneratorSpec
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.loop import TrainingLoop
@@ -59,13 +60,16 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh |
                 f"method.{name}: found {getattr(method, name)!r} with student.placement="
                 f"{settings.student.placement!r}, expected {neutral!r} or the integer placement"
             )
-    names = ("batch_size", "noise_batch_size") if method.images == "noise" else ("batch_size",)
     devices = 1 if mesh is None else mesh.devices.size
-    for name in names:
-        if getattr(method, name) % devices:
+    parts = {"batch_size": devices * settings.resources.micro_batches}
+    if method.images == "noise":
+        parts["noise_batch_size"] = devices
+    for name, count in parts.items():
+        if getattr(method, name) % count:
             raise ValueError(
-                f"method.{name}: found {getattr(method, name)}, expected a multiple of the "
+                f"method.{name}: found {getattr(method, name)}, expected a multiple of {count}: "
                 f"{devices} devices"
+                + (f" x {count // devices} micro_batches" if count > devices else "")
             )
     generator = GeneratorSpec(
         image_shape=teacher.graph.input_shape,
@@ -75,7 +79,13 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh |
         latent_dim=method.latent_dim,
         width=method.generator_width,
     )
-    return StepSpec(student=student, generator=generator, method=method, mesh=mesh)
+    return StepSpec(
+        student=student,
+        generator=generator,
+        method=method,
+        mesh=mesh,
+        resources=settings.resources,
+    )
 
 
 def load_eval_data(settings: RunSettings) -> EvalData | None:
@@ -143,12 +153,14 @@ def prepare(teacher: Teacher, settings: RunSettings, data: EvalData | None, work
     config = {**settings.to_dict(), "teacher_sha256": teacher_hash(teacher)}
     if settings.pool_path:
         check_pool(settings.pool_path, config)
+    run = RunDirectory(workdir, config, writes=is_first())
+    wait_for_all("run directory")  # all look at it before the first one writes anything else
     return Job(
         teacher=teacher,
         settings=settings,
         data=data,
         spec=spec,
-        run=RunDirectory(workdir, config),
+        run=run,
         config=config,
     )
 
@@ -157,9 +169,10 @@ def quantize(job: Job) -> dict[str, Any]:
     """Quantizes a teacher without data and reports.
 
     A second call on the same directory resumes; after a finished one it only returns the report.
+    Of several processes all train, and the first one writes, evaluates and reports.
 
     Returns:
-      The report, as written to `report.json` in the run directory.
+      The report, as written to `report.json` in the run directory; of processes but the first {}.
 
     Raises:
       TrainingDiverged: a loss stopped being finite.
@@ -168,10 +181,13 @@ def quantize(job: Job) -> dict[str, Any]:
     if run.report is not None:
         say(f"{run.path}: finished already; its report:")
         return run.report
-    jax.config.update("jax_default_matmul_precision", settings.precision)
+    jax.config.update("jax_default_matmul_precision", "highest")
 
     loop = TrainingLoop(spec, job.teacher, settings, run)
-    student = final_student(loop.run(), spec=spec)
+    with jax.default_matmul_precision(settings.resources.matmul_precision):
+        student = jax.device_get(final_student(loop.run(), spec=spec))
+    if not is_first():
+        return {}
 
     clock = time.monotonic()
     save_student(
@@ -198,7 +214,7 @@ def _evaluate(job: Job, variables: Any) -> dict[str, Accuracy]:
     spec, teacher, settings, data = job.spec, job.teacher, job.settings, job.data
     if data is None:
         return {}
-    graph, mesh = teacher.graph, spec.mesh
+    graph, mesh = teacher.graph, local_mesh()
     floats = put_replicated(teacher.variables, mesh)
     teacher_forward = Partial(
         lambda variables, images: float_logits(graph, variables, images), floats
@@ -212,7 +228,7 @@ def _evaluate(job: Job, variables: Any) -> dict[str, Accuracy]:
             lambda variables, images: student_forward(
                 spec.student, variables, images, (graph.output,)
             )[graph.output],
-            variables,
+            put_replicated(variables, mesh),
         )
     say(f"evaluating {data.num_examples} images of {data.name} ...")
     return evaluate(

@@ -31,13 +31,18 @@ def _temporary(path: Path) -> Path:
 class RunDirectory:
     """One run's directory.
 
+    Args:
+      path: of the directory.
+      config: JSON-ready; what tells runs apart.
+      writes: False in all but the first of several processes: they read, and write nothing.
+
     Raises:
       FileExistsError: the directory holds a run with another config; the fields are named.
       NotADirectoryError: the path is a file.
     """
 
-    def __init__(self, path: str | Path, config: dict[str, Any]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, config: dict[str, Any], *, writes: bool = True) -> None:
+        self.path, self._writes = Path(path), writes
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"workdir: found a file at {path}, expected a directory")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -61,7 +66,8 @@ class RunDirectory:
                     f"workdir {path}: found files but no {CONFIG}: {others[:5]}; expected an empty "
                     "directory or an earlier run's; choose another --workdir"
                 )
-            write_json(self.path / CONFIG, config)
+            if writes:
+                write_json(self.path / CONFIG, config)
         self._events: Any = None
 
     def _read(self, name: str) -> Any:
@@ -109,13 +115,16 @@ class RunDirectory:
 
     def write_timings(self, timings: dict[str, float]) -> None:
         """Replaces the wall seconds per phase."""
-        write_json(self.path / TIMINGS, timings)
+        if self._writes:
+            write_json(self.path / TIMINGS, timings)
 
     # --- metrics ---
 
     def open_metrics(self, step: int) -> None:
         """Prepares the metrics for a run that continues after `step`: later lines, of steps that
         were lost and will be repeated, are dropped."""
+        if not self._writes:
+            return
         from tensorboardX import SummaryWriter
 
         path = self.path / METRICS
@@ -129,6 +138,8 @@ class RunDirectory:
 
     def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl and the scalars to the TensorBoard events."""
+        if not self._writes:
+            return
         line = json.dumps({"step": step, "phase": phase, **metrics})
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -153,6 +164,8 @@ class RunDirectory:
           preprocessing: the normalisation to undo.
           class_names: names to write below; None writes the numbers.
         """
+        if not self._writes:
+            return
         directory = self.path / "images"
         directory.mkdir(exist_ok=True)
         names = [str(label) if class_names is None else class_names[label] for label in labels]

@@ -17,6 +17,12 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (DATA_AXIS,), (AxisType.Auto,), devices=devices)
 
 
+def local_mesh() -> Mesh:
+    """Mesh over the devices of this process alone: for what it does without the others."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), (DATA_AXIS,), (AxisType.Auto,), devices=devices)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of states: a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -243,7 +243,8 @@ def test_settings_carry_every_other_field_and_hash():
     config.teacher.path, config.data.path, config.data.split = "t", "p", "s"
     config.data.name = ""
     config.student.weight_bits, config.student.overrides = 3, ("conv1=w6a8",)
-    config.seed, config.precision, config.eval_batch_size = 5, "default", 7
+    config.seed, config.eval_batch_size = 5, 7
+    config.precision, config.micro_batches, config.rematerialize = "tf32", 2, "elementwise"
     config.steps_per_dispatch, config.log_every = 2, 3
     config.checkpoint_every, config.images_every = 4, 6
     settings = resolve(config, image_size=16)
@@ -257,7 +258,7 @@ def test_settings_carry_every_other_field_and_hash():
         "train_images": 1024,
         "preset": "lrq",
         "seed": 5,
-        "precision": "default",
+        "resources": {"precision": "tf32", "micro_batches": 2, "rematerialize": "elementwise"},
         "eval_batch_size": 7,
         "steps_per_dispatch": 2,
         "log_every": 3,
@@ -370,6 +371,8 @@ def test_settings_carry_every_other_field_and_hash():
         ("method.noise_augment_probability", -0.1),
         ("method.noise_augment_probability", 2.0),
         ("precision", "exact"),
+        ("micro_batches", 0),
+        ("rematerialize", "all"),
         ("seed", -1),
         ("seed", 2**32),
         ("eval_batch_size", 0),

@@ -17,10 +17,10 @@ PACKAGE = REPOSITORY / "lrq_jax"
 # the top of lrq_jax stands in exactly one row.
 ORDER = (
     ("__init__",),
-    ("ops", "graph", "sharding", "console", "paths"),
+    ("ops", "graph", "sharding", "processes", "console", "paths"),
     ("quantizers", "networks", "data"),
     ("passes", "losses", "synthesis", "checkpoints"),
-    ("readers", "method"),
+    ("readers", "method", "resources"),
     ("presets",),
     ("config", "evaluation"),
     ("run_directory", "writers"),
@@ -34,7 +34,17 @@ ORDER = (
 ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}
 
 # Rooms that never know of another, though the order would let them: each is used on its own.
-INDEPENDENT = {"ops", "graph", "sharding", "console", "paths", "losses", "synthesis", "data"}
+INDEPENDENT = {
+    "ops",
+    "graph",
+    "sharding",
+    "processes",
+    "console",
+    "paths",
+    "losses",
+    "synthesis",
+    "data",
+}
 ALLOWED_FOR_INDEPENDENT = {"synthesis": {"ops"}, "losses": {"ops"}, "data": {"paths"}}
 
 NEVER = {"tensorflow", "torch", "keras", "clu"}

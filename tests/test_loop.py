@@ -18,7 +18,7 @@ from test_steps import tiny_settings, tiny_teacher
 from lrq_jax.config import RunSettings
 from lrq_jax.quantize import prepare, quantize, step_spec
 from lrq_jax.sharding import data_mesh
-from lrq_jax.training import noise_pool
+from lrq_jax.training import loop, noise_pool
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.loop import TrainingLoop
@@ -100,9 +100,7 @@ def test_a_diverging_run_names_step_terms_and_checkpoint(teacher, tmp_path):
     settings = tiny_settings(
         student_optimizer="sgd", student_learning_rate=1e30, student_schedule="constant"
     )
-    settings = RunSettings(
-        **{**vars(settings), "log_every": 1, "checkpoint_every": 2, "precision": "highest"}
-    )
+    settings = RunSettings(**{**vars(settings), "log_every": 1, "checkpoint_every": 2})
     with pytest.raises(TrainingDiverged) as raised:
         quantize(prepare(teacher, settings, None, tmp_path / "run"))
     message = str(raised.value)
@@ -193,24 +191,53 @@ def test_a_pool_is_used_again_by_a_student_of_other_bits(teacher, tmp_path):
         start_again("fourth", settings)
 
 
+@pytest.fixture
+def compilations_between_steps(monkeypatch):
+    """Programs compiled from the second step of a phase to its last, logging included; the third
+    step or a later one must be there, or there is nothing to count."""
+    compiled, found = [], {}
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    real = loop.compile_step
+
+    def counting(step, *arguments, **options):
+        program, starts = real(step, *arguments, **options), []
+
+        def call(*arguments):
+            starts.append(len(compiled))
+            if len(starts) > 2:
+                found[step.__name__] = starts[-1] - starts[1]
+            return program(*arguments)
+
+        return call
+
+    monkeypatch.setattr(loop, "compile_step", counting)
+    return found
+
+
 @pytest.mark.parametrize(
     ("preset", "placement"),
     [
         *itertools.product(("lrq_released", "gdfq", "fast"), ("integer", "paper")),
         ("squant", "integer"),
+        ("lrq", "integer"),
     ],
 )
-def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, placement):
+def test_every_preset_runs_from_start_to_report(
+    teacher, tmp_path, preset, placement, compilations_between_steps
+):
     from lrq_jax.config import base_config, resolve
 
     config = base_config()
     config.method.preset = preset
     config.student.placement = placement
-    config.steps = 2
+    config.steps = 3
+    config.log_every = 1
     for name, value in {
         "batch_size": 8,
-        "warmup_steps": 2,
-        "calibration_steps": 2,
+        "warmup_steps": 3,
+        "calibration_steps": 3,
         "generator_width": 8,
         "noise_batches": 1,
         "noise_batch_size": 8,
@@ -224,14 +251,19 @@ def test_every_preset_runs_from_start_to_report(teacher, tmp_path, preset, place
     assert report["images"] == 0
     assert report["drop"] is None
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == 4
-    assert (tmp_path / "run" / "pool").exists() == (preset != "gdfq")
+    assert json.loads(lines[-1])["step"] == 6
+    pooled = preset not in ("lrq", "gdfq")
+    assert ("pool_step" if pooled else "joint_step") in compilations_between_steps
+    assert len(compilations_between_steps) == 2  # and the calibration's
+    assert set(compilations_between_steps.values()) == {0}
+    assert (tmp_path / "run" / "pool").exists() == pooled
     made = {path.stem.partition("_")[0] for path in (tmp_path / "run" / "images").glob("*.png")}
     assert (
         made
         == {
             "lrq_released": {"pool", "step"},
             "gdfq": {"step"},
+            "lrq": {"step"},
             "fast": {"pool"},
             "squant": {"pool"},
         }[preset]

@@ -70,7 +70,8 @@ def _output_size(padded: jax.Array, kernel_shape: tuple[int, ...], strides: Pair
 def _shifted_products(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding,
                       dilation: Pair) -> jax.Array:  # fmt: skip
     """Sum over offsets of (shifted input * one tap per channel)."""
-    padded = _pad(x, padding)
+    # XLA would repeat whatever made the input (an exact GELU, say) at every offset.
+    padded = lax.optimization_barrier(_pad(x, padding))
     size = _output_size(padded, kernel.shape, strides, dilation)
     total = None
     for i, j in _offsets(kernel.shape):

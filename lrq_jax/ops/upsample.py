@@ -79,35 +79,31 @@ def _by_differences(x: jax.Array, kernel: jax.Array) -> jax.Array:
     `(k0+k1)*x_i + k2*x_(i+1)` is `k*x_i + k2*d_(i+1)`: three products for two outputs, where the
     2x2 form has four and the plain convolution six. Both axes: 9, 16, 36.
     """
-    features = kernel.shape[-1]
-    rows = _difference(x, 1)
-    # Along each axis: the sum of the taps, and what the difference is taken times for either parity.
-    whole = (kernel.sum(0, keepdims=True), jnp.stack([-kernel[0], kernel[2]]))
-    taps = [[jnp.stack([t.sum(1), -t[:, 0], t[:, 2]], 1) for t in whole][i] for i in range(2)]
-
-    def products(values: jax.Array, taps: jax.Array) -> jax.Array:
-        """`[B, h, w, C]` times `[m, n, C, F]`: `[B, h, w, m, n, F]`."""
-        m, n, channels, _ = taps.shape
-        matrix = jnp.moveaxis(taps, 2, 0).reshape(channels, m * n * features)
-        return jnp.dot(values, matrix).reshape(*values.shape[:3], m, n, features)
-
-    plain = products(x, taps[0][:, :1])[:, :, :, 0, 0]
-    across = products(_difference(x, 2), taps[0][:, 1:])[:, :, :, 0]
-    down = products(rows, taps[1][:, :1])[:, :, :, :, 0]
-    both = products(_difference(rows, 2), taps[1][:, 1:])
     height, width = x.shape[1:3]
-    return _interleave(
-        [
+    rows = _difference(x, 1)
+    both = _difference(rows, 2)
+    columns = _difference(x, 2)
+    # Along an axis: the sum of the taps, and what the difference is taken times, by parity.
+    whole, *parities = kernel.sum(0), -kernel[0], kernel[2]
+
+    # A product each: XLA's gradient of slices of a common one adds up arrays of mostly zeros.
+    def at(taps: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return taps.sum(0), -taps[0], taps[2]
+
+    plain, *across = at(whole)
+    level = jnp.dot(x, plain)
+    sideways = [jnp.dot(columns, taps)[:, :, b : b + width] for b, taps in enumerate(across)]
+    phases = []
+    for a, taps in enumerate(parities):
+        along, *corners = at(taps)
+        down = level + jnp.dot(rows, along)[:, a : a + height]
+        phases.append(
             [
-                plain
-                + across[:, :, b : b + width, b]
-                + down[:, a : a + height, :, a]
-                + both[:, a : a + height, b : b + width, a, b]
-                for b in (0, 1)
+                down + sideways[b] + jnp.dot(both, corner)[:, a : a + height, b : b + width]
+                for b, corner in enumerate(corners)
             ]
-            for a in (0, 1)
-        ]
-    )
+        )
+    return _interleave(phases)
 
 
 def _difference(x: jax.Array, axis: int) -> jax.Array:

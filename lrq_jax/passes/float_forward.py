@@ -78,13 +78,13 @@ def apply_layer(layer: L.Layer, params: dict[str, jax.Array], *inputs: jax.Array
 def _conv(layer: L.Conv, params: dict, x: jax.Array) -> jax.Array:
     y = conv2d(x, params["kernel"], strides=layer.strides, padding=layer.padding,
                dilation=layer.dilation, groups=layer.groups)  # fmt: skip
-    return y + params["bias"] if layer.use_bias else y
+    return (y + params["bias"]).astype(y.dtype) if layer.use_bias else y
 
 
 @apply_layer.register
 def _dense(layer: L.Dense, params: dict, x: jax.Array) -> jax.Array:
     y = jnp.dot(x, params["kernel"])
-    return y + params["bias"] if layer.use_bias else y
+    return (y + params["bias"]).astype(y.dtype) if layer.use_bias else y
 
 
 def batch_norm_affine(layer: L.BatchNorm, params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:  # fmt: skip
@@ -99,7 +99,7 @@ def batch_norm_affine(layer: L.BatchNorm, params: dict[str, jax.Array]) -> tuple
 @apply_layer.register
 def _batch_norm(layer: L.BatchNorm, params: dict, x: jax.Array) -> jax.Array:
     gain, offset = batch_norm_affine(layer, params)
-    return x * gain + offset
+    return (x * gain + offset).astype(x.dtype)  # a batch norm's vectors may be finer than images
 
 
 @apply_layer.register

@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors.numpy
 
+from lrq_jax.checkpoints import local_checkpointer
 from lrq_jax.console import quiet_logging
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import Graph, graph_from_dict, graph_to_dict
@@ -133,7 +133,7 @@ def save_teacher(teacher: Teacher, directory: str | Path, *, overwrite: bool = F
     workspace = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         made = workspace / "new"
-        with quiet_logging(), ocp.StandardCheckpointer() as checkpointer:
+        with quiet_logging(), local_checkpointer() as checkpointer:
             checkpointer.save(made / _VARIABLES, _filled(jax.device_get(teacher.variables)))
             checkpointer.wait_until_finished()
         files = {"files": _file_hashes(made / _VARIABLES)}
@@ -210,7 +210,7 @@ def _restore(path: Path, graph: Graph, file_hashes: dict[str, str]) -> Variables
         _filled(graph.variable_shapes()),
         is_leaf=lambda node: isinstance(node, tuple),
     )
-    with quiet_logging(), ocp.StandardCheckpointer() as checkpointer:
+    with quiet_logging(), local_checkpointer() as checkpointer:
         stored = flatten_variables(checkpointer.metadata(path).item_metadata.tree)
         wanted = flatten_variables(abstract)
         found = {name: describe_array(leaf) for name, leaf in stored.items()}

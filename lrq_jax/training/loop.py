@@ -94,7 +94,7 @@ class TrainingLoop:
         Raises:
           TrainingDiverged: a loss stopped being finite.
         """
-        state = steps.initial_state(self._spec, self._variables, self._settings.seed)
+        state = steps.initial_state(self._spec, self._teacher.variables, self._settings.seed)
         state = put_replicated(state, self._spec.mesh)
         with TrainingCheckpoints(self._run.checkpoints) as checkpoints:
             done = checkpoints.latest_step or 0
@@ -253,7 +253,8 @@ class TrainingLoop:
         labels = np.arange(_GRID_IMAGES) * max(1, spec.generator.num_classes // _GRID_IMAGES)
         labels = labels % spec.generator.num_classes
         noise = jax.random.normal(jax.random.key(0), (_GRID_IMAGES, spec.generator.latent_dim))
-        images = _generate(spec.generator, state.generator, noise, jnp.asarray(labels))
+        generator = jax.device_get(state.generator)  # of several processes each draws on its own
+        images = _generate(spec.generator, generator, noise, jnp.asarray(labels))
         self._run.write_images(
             f"step_{int(state.step):06d}",
             jax.device_get(images),

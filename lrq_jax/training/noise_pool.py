@@ -15,6 +15,7 @@ from lrq_jax import losses
 from lrq_jax.config import differences
 from lrq_jax.console import Progress, say
 from lrq_jax.losses.margin import Centers
+from lrq_jax.processes import is_first, wait_for_all
 from lrq_jax.training import noise_steps
 from lrq_jax.training.compilation import compile_step, put_replicated
 from lrq_jax.training.errors import TrainingDiverged
@@ -114,7 +115,10 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
                 say("image synthesis: compiling the noise step ...")
                 program = compile_step(noise_steps.noise_step, state, teacher, mesh=mesh, spec=spec)
             state = _optimise(program, state, teacher, number, spec)
-            _save(path, state.labels, *finish(state, teacher, spec=spec))
+            finished = jax.device_get((state.labels, *finish(state, teacher, spec=spec)))
+            if is_first():
+                _save(path, *finished)
+            wait_for_all(str(path))
         with np.load(path) as stored:
             batches.append((stored["images"], stored["labels"]))
             centers = Centers(jnp.asarray(stored["sums"]), jnp.asarray(stored["counts"]))

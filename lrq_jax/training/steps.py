@@ -6,6 +6,7 @@ Nothing here is jitted, sharded or donated; `training.compilation` does that in 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -23,6 +24,7 @@ from lrq_jax.passes.equalization import equalized
 from lrq_jax.passes.float_forward import Variables
 from lrq_jax.passes.rounding import rounded_weights
 from lrq_jax.quantizers.rounding import ROUNDINGS
+from lrq_jax.resources import DEFAULT_RESOURCES, Resources, accumulated_gradient
 from lrq_jax.sharding import constrain_batch
 from lrq_jax.synthesis.augmentation import AUGMENTATIONS
 from lrq_jax.synthesis.generator import GeneratorSpec, generate, init_generator
@@ -53,12 +55,14 @@ class StepSpec:
       generator: the generator.
       method: losses, schedules, optimisers.
       mesh: device mesh with axis `data`, or None for one device.
+      resources: precision and memory.
     """
 
     student: Student
     generator: GeneratorSpec
     method: Method
     mesh: Mesh | None = None
+    resources: Resources = DEFAULT_RESOURCES
 
     @property
     def graph(self) -> Graph:
@@ -132,11 +136,14 @@ def draw_latents(key: jax.Array, spec: StepSpec) -> tuple[jax.Array, jax.Array]:
 
 
 def teacher_forward(graph: Graph, teacher: Variables, images: jax.Array, *,
+                    resources: Resources = DEFAULT_RESOURCES,
                     statistics: str = "variance") -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Logits `[B, K]`, pooled features `[B, D]` and the BNS loss, in one of its forms
-    (`losses.STATISTICS`), of the frozen teacher."""
+    (`losses.STATISTICS`), of the frozen teacher; float32 whatever the teacher is computed in."""
     taps = tuple(layer.inputs[0] for layer in graph.batch_norms)
-    values = float_forward(graph, teacher, images, (graph.output, graph.features, *taps))
+    outputs = (graph.output, graph.features, *taps)
+    values = float_forward(graph, *resources.cast((teacher, images), smallest_rank=2), outputs)
+    values = {name: value.astype(jnp.float32) for name, value in values.items()}
     running = [
         (teacher["batch_stats"][layer.name]["mean"], teacher["batch_stats"][layer.name]["var"])
         for layer in graph.batch_norms
@@ -170,8 +177,9 @@ def synthesis_loss(generator: Any, teacher: Variables, centers: Centers, noise: 
       The loss, and `{"images", "logits", "features"}` plus the terms as metrics under `"terms"`.
     """
     method = spec.method
-    images = generate(spec.generator, generator, noise, labels)
-    logits, features, bns = teacher_forward(spec.graph, teacher, images)
+    images = generate(spec.generator, *spec.resources.cast((generator, noise)), labels)
+    images = images.astype(jnp.float32)
+    logits, features, bns = teacher_forward(spec.graph, teacher, images, resources=spec.resources)
     terms = {
         "generator/ce": losses.cross_entropy(logits, labels),
         "generator/bns": bns,
@@ -211,8 +219,9 @@ def student_loss(trainable: Variables, student: Variables, images: jax.Array, la
 
 def _update_generator(state: TrainState, teacher: Variables, key: jax.Array, spec: StepSpec) -> tuple[TrainState, dict[str, Any], jax.Array]:  # fmt: skip
     noise, labels = draw_latents(key, spec)
-    gradient = jax.grad(synthesis_loss, has_aux=True)
-    grads, aux = gradient(state.generator, teacher, state.centers, noise, labels, spec=spec)
+    loss = spec.resources.rematerialized(functools.partial(synthesis_loss, spec=spec))
+    gradient = jax.grad(loss, has_aux=True)
+    grads, aux = gradient(state.generator, teacher, state.centers, noise, labels)
     updates, opt = generator_optimizer(spec.method).update(
         grads, state.generator_opt, state.generator
     )
@@ -226,9 +235,12 @@ def _update_generator(state: TrainState, teacher: Variables, key: jax.Array, spe
 
 def _update_student(state: TrainState, images: jax.Array, labels: jax.Array,
                     teacher_logits: jax.Array, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
-    gradient = jax.grad(student_loss, has_aux=True)
+    loss = spec.resources.rematerialized(
+        lambda trainable, *batch: student_loss(trainable, state.student, *batch, spec=spec)
+    )
+    gradient = accumulated_gradient(loss, spec.resources.micro_batches, spec.mesh)
     trainable = spec.student.trainable(state.student)
-    grads, terms = gradient(trainable, state.student, images, labels, teacher_logits, spec=spec)
+    grads, terms = gradient(trainable, images, labels, teacher_logits)
     updates, opt = student_optimizer(spec.method).update(grads, state.student_opt, trainable)
     trainable = optax.apply_updates(trainable, updates)
     state = state._replace(
@@ -284,7 +296,8 @@ def pool_step(state: TrainState, teacher: Variables, images: jax.Array, labels: 
       labels: `[N]`.
     """
     batch, labels = _draw(state, images, labels, spec)
-    teacher_logits = float_logits(spec.graph, teacher, batch)
+    cast = spec.resources.cast((teacher, batch), smallest_rank=2)
+    teacher_logits = float_logits(spec.graph, *cast).astype(jnp.float32)
     state, terms = _update_student(state, batch, labels, teacher_logits, spec)
     return state._replace(step=state.step + 1), terms
 

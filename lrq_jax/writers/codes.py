@@ -23,8 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
+from lrq_jax.checkpoints import local_checkpointer
 from lrq_jax.console import quiet_logging
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import graph_from_dict, graph_to_dict
@@ -107,7 +107,7 @@ def save_student(directory: Path, student: Student, variables: Variables, *,
     workspace = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         made = workspace / "new"
-        with quiet_logging(), ocp.StandardCheckpointer() as checkpointer:
+        with quiet_logging(), local_checkpointer() as checkpointer:
             checkpointer.save(made / _ARRAYS, codes)
             checkpointer.wait_until_finished()
         text = json.dumps(description, indent=1) + "\n"
@@ -151,7 +151,7 @@ def load_student(directory: str | Path) -> tuple[Student, dict[str, Any], Prepro
         input_range=tuple(description["input_range"]),
     )
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with quiet_logging(), ocp.StandardCheckpointer() as checkpointer:
+    with quiet_logging(), local_checkpointer() as checkpointer:
         stored = checkpointer.metadata(directory / _ARRAYS).item_metadata.tree
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored

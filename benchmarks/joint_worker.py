@@ -1,0 +1,345 @@
+"""One side of `joint_step.py`: holds a training step, runs a part of it for each line it reads.
+
+    python benchmarks/joint_worker.py {ours,torch} CASE EXCHANGE
+
+CASE is JSON, the fields of `Case`. First a line of JSON comes out that describes the side, then, for
+each line of input with the name of a part, the seconds it took; at the end of input the memory.
+`ours` writes its first state, draws and losses to the file EXCHANGE, `torch` starts from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MATMUL_SIDE = 2048
+CHECKED_STEPS = 2
+"""Steps both sides make on the same noise: the second one's losses show the first one's updates."""
+PARTS = ("images", "teacher", "generator", "joint")
+"""The generator's forward; the teacher's, with statistics; a step that updates the generator alone;
+the whole step. Each contains the ones before it but `teacher`, which has images at hand."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+      network: name in the registry; weights are random.
+      batch: images a step.
+      attention: of the generator, `none` or a place.
+      placement: of our student's quantizers; the twin's are always the `paper` ones.
+      bits: of weights and activations.
+      precision: as the config's field of this name.
+      compiled: the twin goes through `torch.compile`.
+    """
+
+    network: str
+    batch: int
+    attention: str
+    placement: str = "paper"
+    bits: int = 4
+    precision: str = "float32"
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        attention = "no attention" if self.attention == "none" else self.attention
+        return f"{self.network}, batch {self.batch}, {attention}, {self.placement}"
+
+
+Side = tuple[dict[str, Any], dict[str, Callable[[], None]]]
+
+
+def run_settings(case: Case) -> tuple[Any, Any]:
+    """The network and the settings of a run, preset `lrq` for its image size."""
+    from lrq_jax.config import base_config, resolve
+    from lrq_jax.networks import build_network
+
+    graph = build_network(case.network)
+    config = base_config()
+    config.method.batch_size, config.method.attention = case.batch, case.attention
+    config.student.placement, config.precision = case.placement, case.precision
+    config.student.weight_bits = config.student.act_bits = case.bits
+    return graph, resolve(config, image_size=graph.input_shape[0])
+
+
+# --- ours ----------------------------------------------------------------------------------------
+
+
+def our_side(case: Case, exchange: Path) -> Side:
+    """Compiled parts of our step."""
+    import jax
+    import jax.numpy as jnp
+
+    from lrq_jax.data import Preprocessing
+    from lrq_jax.quantize import step_spec
+    from lrq_jax.readers import Teacher
+    from lrq_jax.sharding import data_mesh
+    from lrq_jax.synthesis.generator import generate
+    from lrq_jax.training import steps
+    from lrq_jax.training.compilation import compile_step, put_replicated
+
+    graph, settings = run_settings(case)
+    jax.config.update("jax_default_matmul_precision", settings.resources.matmul_precision)
+    teacher = Teacher(
+        graph=graph,
+        variables=random_variables(graph),
+        preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=graph.input_shape[0]),
+        arch=case.network,
+    )
+    mesh = data_mesh(1)
+    spec = step_spec(teacher, settings, mesh)
+    variables = put_replicated(teacher.variables, mesh)
+    start = jax.jit(steps.initial_state, static_argnums=(0, 2))
+    state = start(spec, teacher.variables, 0)
+    state = put_replicated(_with_ranges(state, teacher), mesh)
+    jax.block_until_ready(state)
+
+    clock = time.monotonic()
+    programs = {
+        name: compile_step(function, state, variables, mesh=mesh, spec=spec)
+        for name, function in (("joint", steps.joint_step), ("generator", steps.warmup_step))
+    }
+    seconds = time.monotonic() - clock
+    states = {"joint": state, "generator": jax.tree.map(jnp.copy, state)}
+    states["joint"] = _record_first_steps(
+        exchange, spec, teacher, programs["joint"], state, variables
+    )
+
+    key = jax.random.key(5)
+    noise, labels = jax.jit(lambda key: steps.draw_latents(key, spec))(key)
+    images_of = jax.jit(lambda params: generate(spec.generator, params, noise, labels))
+    teach = jax.jit(lambda v, images: steps.teacher_forward(graph, v, images, spec.resources))
+    held = jax.block_until_ready(images_of(states["generator"].generator))
+    jax.block_until_ready(teach(variables, held))
+
+    def step(name: str) -> None:
+        states[name], metrics = programs[name](states[name], variables)
+        jax.block_until_ready((states[name], metrics))
+
+    parts = {
+        "images": lambda: jax.block_until_ready(images_of(states["generator"].generator)),
+        "teacher": lambda: jax.block_until_ready(teach(variables, held)),
+        "generator": lambda: step("generator"),
+        "joint": lambda: step("joint"),
+    }
+    side = jnp.ones((MATMUL_SIDE, MATMUL_SIDE))
+    product = jax.jit(jnp.matmul)
+    memory = programs["joint"].memory_analysis()
+    description = {
+        "versions": {"jax": jax.__version__},
+        "device": f"{jax.devices()[0].device_kind}, {jax.default_backend()}",
+        "compile_seconds": seconds,
+        "flops": programs["joint"].cost_analysis()["flops"],
+        "matmul_flops": _matmul(lambda: jax.block_until_ready(product(side, side))),
+        "program_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
+    }
+    return description, parts
+
+
+def random_variables(graph: Any) -> Any:
+    """Variables with which activations stay alive at any depth."""
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name == "kernel":
+            return rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))
+        return (
+            rng.uniform(0.5, 1.5, shape)
+            if name in ("scale", "var")
+            else 0.2 * rng.standard_normal(shape)
+        )
+
+    return {
+        collection: {
+            layer: {name: np.float32(draw(name, shape)) for name, shape in shapes.items()}
+            for layer, shapes in layers.items()
+        }
+        for collection, layers in graph.variable_shapes().items()
+    }
+
+
+def _with_ranges(state: Any, teacher: Any) -> Any:
+    """The state with ranges of activations: those of the teacher on a few images."""
+    import jax
+
+    from lrq_jax.passes import float_forward
+
+    quant = state.student["quant"]
+    names = tuple(name for name in quant["activations"] if name in teacher.graph.by_name)
+
+    def ends(variables: Any, images: Any) -> Any:
+        values = float_forward(teacher.graph, variables, images, names)
+        return {name: {"low": x.min(), "high": x.max()} for name, x in values.items()}
+
+    few = jax.random.normal(jax.random.key(1), (2, *teacher.graph.input_shape))
+    found = jax.jit(ends)(teacher.variables, few)
+    ranges = {**quant["activations"], **found}
+    return state._replace(student={**state.student, "quant": {**quant, "activations": ranges}})
+
+
+def _record_first_steps(exchange: Path, spec: Any, teacher: Any, program: Any, state: Any,
+                        variables: Any) -> Any:  # fmt: skip
+    """Makes the first steps; writes what they started from, drew and lost."""
+    import jax
+
+    from lrq_jax.training import steps
+
+    def flat(group: str, tree: Any) -> dict[str, np.ndarray]:
+        return {
+            "/".join([group, *(key.key for key in path)]): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    arrays = flat("generator", state.generator)
+    for collection in teacher.variables.values():
+        arrays |= flat("teacher", collection)
+    for name, ends in state.student["quant"]["activations"].items():
+        arrays[f"range/{name}"] = np.asarray([ends["low"], ends["high"]])
+    for number in range(CHECKED_STEPS):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        arrays[f"noise/{number}"], arrays[f"labels/{number}"] = (
+            np.asarray(x) for x in steps.draw_latents(key, dataclasses.replace(spec, mesh=None))
+        )
+        state, metrics = program(state, variables)
+        arrays |= {f"loss/{number}/{name}": np.asarray(v[0]) for name, v in metrics.items()}
+    np.savez(exchange, **arrays)
+    return state
+
+
+# --- the twin ------------------------------------------------------------------------------------
+
+
+def torch_side(case: Case, exchange: Path) -> Side:
+    """Eager parts of the twin, in the memory layout that is faster for it."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from torch_twin import Twin
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.backends.cuda.matmul.allow_tf32 = case.precision != "float32"
+    torch.backends.cudnn.allow_tf32 = case.precision != "float32"
+    torch.backends.cudnn.benchmark = True
+    graph, settings = run_settings(case)
+    with np.load(exchange) as stored:
+        arrays = dict(stored)
+
+    def finish() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def make(layout: torch.memory_format) -> Twin:
+        return Twin(graph, settings.method, arrays, bits=case.bits, layout=layout, device=device)
+
+    seconds = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        twin = make(layout)
+        for _ in range(2):
+            clock = time.monotonic()
+            twin.joint_step()
+            finish()
+            seconds[layout] = time.monotonic() - clock
+    layout = min(seconds, key=seconds.get)
+    twin = make(layout)
+    differences = []
+    for number in range(CHECKED_STEPS):
+        twin.give(arrays[f"noise/{number}"], arrays[f"labels/{number}"])
+        found = {name: float(value) for name, value in twin.joint_step().items()}
+        ours = {name: float(arrays[f"loss/{number}/{name}"]) for name in found}
+        differences.append(
+            {n: abs(v - ours[n]) / max(abs(ours[n]), 1e-3) for n, v in found.items()}
+        )
+    with FlopCounterMode(display=False) as counter:
+        twin.joint_step()
+    run = {"joint": twin.joint_step, "generator": twin.generator_step}
+    compile_seconds = 0.0
+    if case.compiled:
+        run = {name: torch.compile(function) for name, function in run.items()}
+        clock = time.monotonic()
+        for function in run.values():
+            function()
+        finish()
+        compile_seconds = time.monotonic() - clock
+    held, _ = twin.images()
+
+    def without_gradient(function: Callable[..., Any], *arguments: Any) -> None:
+        with torch.no_grad():
+            function(*arguments)
+
+    parts = {
+        "images": lambda: without_gradient(twin.images),
+        "teacher": lambda: without_gradient(twin.teach, held.detach()),
+        "generator": lambda: run["generator"](),
+        "joint": lambda: run["joint"](),
+    }
+    side = torch.ones(MATMUL_SIDE, MATMUL_SIDE, device=device)
+
+    def product() -> None:
+        side @ side
+        finish()
+
+    description = {
+        "versions": {"torch": torch.__version__},
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "compile_seconds": compile_seconds,
+        "flops": counter.get_total_flops(),
+        "matmul_flops": _matmul(product),
+        "layout": str(layout).removeprefix("torch."),
+        "seconds_by_layout": {str(key): round(value, 4) for key, value in seconds.items()},
+        "relative_differences_of_losses": differences,
+    }
+    return description, {name: lambda part=part: (part(), finish()) for name, part in parts.items()}
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+
+def _matmul(product: Callable[[], None]) -> float:
+    """FLOP/s of the fastest of some float32 matrix products."""
+    best = float("inf")
+    for _ in range(8):
+        clock = time.monotonic()
+        product()
+        best = min(best, time.monotonic() - clock)
+    return 2 * MATMUL_SIDE**3 / best
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process by a field of Linux' status file; 0 elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return 1024 * int(line.split()[1])
+    return 0
+
+
+def main() -> None:
+    """Serves one side."""
+    side, case, exchange = sys.argv[1:]
+    make = {"ours": our_side, "torch": torch_side}[side]
+    description, parts = make(Case(**json.loads(case)), Path(exchange))
+    with contextlib.suppress(OSError):  # compiling has a peak of its own; count from here
+        Path("/proc/self/clear_refs").write_text("5")
+    print(json.dumps(description), flush=True)
+    for line in sys.stdin:
+        clock = time.perf_counter()
+        parts[line.strip()]()
+        print(time.perf_counter() - clock, flush=True)
+    print(json.dumps({"peak_bytes": _memory("VmHWM")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Two real processes that train together: the same losses, one of them killed, the rest resumed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_steps import tiny_teacher
+
+from lrq_jax import processes
+from lrq_jax.main import LOST, REFUSED
+from lrq_jax.readers import save_teacher
+from lrq_jax.writers.codes import load_student
+
+REPOSITORY = Path(__file__).parents[1]
+STEPS, WARMUP = 24, 4
+TINY_RUN = (
+    "--config.data.name=",
+    f"--config.steps={STEPS}",
+    f"--config.method.warmup_steps={WARMUP}",
+    "--config.method.calibration_start=2",
+    "--config.method.calibration_steps=2",
+    "--config.method.batch_size=8",
+    "--config.method.generator_width=8",
+    # Adam's first updates are the gradient's sign, which is noise where the gradient is.
+    "--config.method.adam_epsilon=0.01",
+    "--config.checkpoint_every=4",
+    "--config.log_every=1",
+    "--config.images_every=1000",
+)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(workdir, *flags, **environment):
+    """The command line as a person starts it, on one device; its teacher lies beside `workdir`."""
+    flags = (f"--config.teacher.path={workdir.parent / 'teacher'}", *flags)
+    return subprocess.Popen(
+        [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *TINY_RUN, *flags],
+        env={
+            "PYTHONPATH": str(REPOSITORY),
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(workdir.parent),
+            "JAX_PLATFORMS": "cpu",
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_two(workdir):
+    shared = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    return [
+        start(workdir, "--config.distributed=True", **shared, JAX_PROCESS_ID=str(number))
+        for number in (0, 1)
+    ]
+
+
+def losses_of(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [entry["step"] for entry in entries] == list(range(1, WARMUP + STEPS + 1))
+    return [{k: v for k, v in e.items() if isinstance(v, float)} for e in entries]
+
+
+def saved_steps(workdir):
+    return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One process alone; two, of which the second is killed after step 8, resumed by one alone."""
+    folder = tmp_path_factory.mktemp("distributed")
+    save_teacher(tiny_teacher(), folder / "teacher")
+    alone = start(folder / "alone")
+    output, _ = alone.communicate(timeout=600)
+    assert alone.returncode == 0, output
+
+    first, second = start_two(folder / "two")
+    deadline = time.monotonic() + 600
+    while not any(step >= 8 for step in saved_steps(folder / "two")):
+        assert first.poll() is None, first.stdout.read()
+        assert second.poll() is None, second.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    first_output, _ = first.communicate(timeout=120)
+    metrics = (folder / "two" / "metrics.jsonl").read_text()
+    assert not (folder / "two" / "report.json").exists(), "killed too late to prove anything"
+
+    resumed = start(folder / "two")
+    resumed_output, _ = resumed.communicate(timeout=600)
+    assert resumed.returncode == 0, resumed_output
+    return {
+        "folder": folder,
+        "first": (first.returncode, first_output),
+        "resumed": resumed_output,
+        "metrics": metrics,
+    }
+
+
+def test_a_job_that_loses_a_process_ends_and_says_how_to_go_on(runs):
+    code, output = runs["first"]
+    assert code == LOST, output
+    assert "process 0 of 2" in output
+    assert "another process ended" in output
+    assert "--workdir: it resumes" in output
+
+
+def test_two_processes_lose_what_one_does_and_one_goes_on_where_they_stopped(runs):
+    folder = runs["folder"]
+    assert "resuming after step" in runs["resumed"]
+    resumed_after = int(runs["resumed"].split("resuming after step ")[1].split()[0])
+    assert resumed_after >= 8  # so these losses are of two processes, and the rest of one
+    for one, two in zip(losses_of(folder / "alone"), losses_of(folder / "two"), strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            if name != "student/agreement":  # a count: a tie may fall either way
+                assert two[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def test_only_one_of_two_processes_writes(runs):
+    lines = [json.loads(line)["step"] for line in runs["metrics"].splitlines()]
+    assert lines == sorted(set(lines))
+    assert len(list((runs["folder"] / "two" / "tensorboard").glob("*"))) == 2  # of two starts
+
+
+def test_codes_of_both_runs_are_those_of_the_same_network(runs):
+    """Losses agree to rounding, so do weights; a code at a boundary may fall either way."""
+    codes = [load_student(runs["folder"] / name / "student")[1] for name in ("alone", "two")]
+    kernels = [np.concatenate([w["codes"].ravel() for w in c["weights"].values()]) for c in codes]
+    assert np.mean(kernels[0] != kernels[1]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+         "whole numbers"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+         "expected 0 to 1"),
+    ],
+)  # fmt: skip
+def test_incomplete_or_impossible_jobs_are_refused(environment, message, monkeypatch):
+    for name in (processes.ADDRESS, processes.COUNT, processes.NUMBER):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        processes.join_processes()
+
+
+def test_a_job_without_a_cluster_says_what_it_needs(tmp_path):
+    process = start(tmp_path / "run", "--config.distributed=True")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == REFUSED, output
+    assert "JAX_COORDINATOR_ADDRESS=HOST:PORT" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_alone_is_the_first_and_waits_for_nobody():
+    assert jax.process_count() == 1
+    assert processes.is_first()
+    processes.wait_for_all("nobody")
+    assert "JAX_PROCESS_ID" not in os.environ

@@ -1,0 +1,99 @@
+"""Precision and memory of a step: settings that change its cost and not what it computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from test_steps import CALIBRATED, FIRING, TEACHER, run_steps, tiny_settings
+
+from lrq_jax.quantize import step_spec
+from lrq_jax.resources import PRECISIONS, Resources, accumulated_gradient
+from lrq_jax.sharding import data_mesh
+from lrq_jax.training import steps
+
+# As in test_steps.test_one_device_equals_eight: the step is a continuous function of its gradient.
+SMOOTH = {**FIRING, "adam_epsilon": 1e-2, "student_optimizer": "sgd"}
+FUNCTIONS = (*CALIBRATED, steps.joint_step)
+
+
+def settings_with(**resources):
+    return dataclasses.replace(tiny_settings(**SMOOTH), resources=Resources(**resources))
+
+
+def assert_same_losses(settings, other, *, tolerance=1e-5, devices=1):
+    expected, found = (run_steps(s, FUNCTIONS, d)[1] for s, d in ((settings, 1), (other, devices)))
+    for first, second in zip(expected, found, strict=True):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert second[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+
+
+def test_micro_batches_add_up_to_the_batch():
+    """On two devices, each of which cuts its own half."""
+    assert_same_losses(settings_with(), settings_with(micro_batches=4), devices=2)
+
+
+def test_what_is_computed_again_is_the_same():
+    plain, again = settings_with(), settings_with(rematerialize="elementwise")
+    assert_same_losses(plain, again)
+    assert run_steps(plain, FUNCTIONS)[2] != run_steps(again, FUNCTIONS)[2]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_accumulated_gradients_are_those_of_the_whole_batch(platform, count, monkeypatch, rng):
+    """Written out, as on a CPU, and in a loop, as elsewhere."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    x, y = (rng.normal(size=(6, 5)).astype(np.float32) for _ in range(2))
+
+    def loss(weights, x, y):
+        wrong = jnp.mean((jnp.tanh(x @ weights["kernel"]) - y) ** 2)
+        return wrong, {"wrong": wrong, "mean": jnp.mean(x)}
+
+    weights = {"kernel": jnp.asarray(rng.normal(size=(5, 5)).astype(np.float32))}
+    expected = jax.grad(loss, has_aux=True)(weights, x, y)
+    gradient = accumulated_gradient(loss, count, None)
+    found = gradient(weights, x, y)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    text = str(jax.make_jaxpr(gradient)(weights, x, y))
+    assert ("scan" in text) == (count > 1)
+    assert ("unroll=1" in text) == (count > 1 and platform == "gpu")
+
+
+def test_a_batch_that_does_not_divide_into_parts_is_refused():
+    mesh = data_mesh(2)
+    with pytest.raises(
+        ValueError, match=r"found 16, expected a multiple of 6: 2 devices x 3 micro"
+    ):
+        step_spec(TEACHER, settings_with(micro_batches=3), mesh)
+
+
+def test_bfloat16_is_used_where_it_is_said_and_stays_close():
+    exact, coarse = (
+        run_steps(settings_with(precision=p), FUNCTIONS) for p in ("float32", "bfloat16")
+    )
+    for first, second in zip(exact[1], coarse[1], strict=True):
+        for name in ("generator/loss", "generator/bns"):
+            assert second[name] == pytest.approx(first[name], rel=0.05), name
+            assert second[name] != first[name]
+    assert "bf16" in coarse[2]
+    assert "bf16" not in exact[2]
+    for leaf in jax.tree.leaves(coarse[0]):
+        assert leaf.dtype != jnp.bfloat16, "states are float32 in every precision"
+
+
+def test_centred_codes_are_exact_in_every_type_products_are_computed_in():
+    """TF32 has 10 binary digits behind the point, bfloat16 has 7: 8 with the leading one."""
+    centred = np.arange(-255, 256)
+    np.testing.assert_array_equal(centred.astype(ml_dtypes.bfloat16).astype(int), centred)
+    assert not np.array_equal(np.arange(512).astype(ml_dtypes.bfloat16).astype(int), np.arange(512))
+
+
+@pytest.mark.parametrize("precision", sorted(PRECISIONS))
+def test_jax_knows_the_precisions(precision):
+    with jax.default_matmul_precision(Resources(precision=precision).matmul_precision):
+        jnp.dot(jnp.ones((2, 2)), jnp.ones((2, 2)))
