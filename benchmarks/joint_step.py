@@ -8,7 +8,8 @@
 Two processes hold a side each (`joint_worker.py`); calls of a part alternate between them, so that
 whatever else the machine does slows both, and a side never computes while the other does. Both use
 the processors this command may use (on Linux: `taskset`), or the one GPU. The ratio is the median
-of those of each alternating pair; minima are shown beside. Before anything is timed both make two
+of those of each alternating pair; minima are shown beside, and the same ratio of processor seconds,
+which a busy machine changes less. Before anything is timed both make two
 steps from the same state on the same noise, and the largest difference of their losses is shown:
 it is the same step. The twin runs in that of PyTorch's memory layouts that is faster for it.
 """
@@ -68,10 +69,10 @@ class Worker:
             raise RuntimeError(f"a worker ended with exit code {self._process.wait()}; see above")
         return line
 
-    def run(self, part: str) -> float:
-        """Seconds of one call."""
+    def run(self, part: str) -> tuple[float, float]:
+        """Seconds of one call, and those of processors (all threads)."""
         print(part, file=self._process.stdin, flush=True)
-        return float(self._line())
+        return tuple(json.loads(self._line()))
 
     def finish(self) -> dict[str, Any]:
         """Ends the process; what it used."""
@@ -105,16 +106,22 @@ def measure(case: Case, *, pairs: int, seconds: float) -> dict[str, Any]:
 def _summary(times: dict, described: dict, case: Case) -> dict[str, Any]:
     parts = {}
     for part, found in times.items():
-        ratios = [b / a for a, b in zip(found["ours"], found["torch"], strict=True)]
+        wall, processor = (
+            [b[i] / a[i] for a, b in zip(found["ours"], found["torch"], strict=True)]
+            for i in (0, 1)
+        )
         parts[part] = {
-            "pairs": len(ratios),
-            "speedup": round(statistics.median(ratios), 3),
-            **{
-                f"{side}_{name}": round(function(found[side]), 4)
-                for side in SIDES
-                for name, function in (("min", min), ("median", statistics.median))
-            },
+            "pairs": len(wall),
+            "speedup": round(statistics.median(wall), 3),
+            "processor_speedup": round(statistics.median(processor), 3),
         }
+        for side in SIDES:
+            walls, processors = zip(*found[side], strict=True)
+            parts[part] |= {
+                f"{side}_min": round(min(walls), 4),
+                f"{side}_median": round(statistics.median(walls), 4),
+                f"{side}_processor_median": round(statistics.median(processors), 4),
+            }
     sides = {}
     for side in SIDES:
         joint, about = parts["joint"][f"{side}_median"], described[side]
@@ -124,7 +131,13 @@ def _summary(times: dict, described: dict, case: Case) -> dict[str, Any]:
             "flops_per_second": about["flops"] / joint,
             "share_of_matmul_peak": round(about["flops"] / joint / about["matmul_flops"], 3),
         }
-    return {"speedup": parts["joint"]["speedup"], "seconds": parts, "sides": sides}
+    joint = parts["joint"]
+    return {
+        "speedup": joint["speedup"],
+        "processor_speedup": joint["processor_speedup"],
+        "seconds": parts,
+        "sides": sides,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -133,12 +146,16 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['case']}: {result['speedup']:.2f}x; losses of the first steps within "
         + ", ".join(f"{max(d.values()):.1e}" for d in torch["relative_differences_of_losses"]),
-        f"  {'seconds':<22}{'ours median (min)':>22}{'torch median (min)':>22}{'ratio':>8}",
+        f"  {'seconds':<22}{'ours median (min)':>22}{'torch median (min)':>22}{'ratio':>8}"
+        f"{'of CPU':>8}",
     ]
     for part in PARTS:
         row = result["seconds"][part]
         mine, theirs = (f"{row[f'{side}_median']:.3f} ({row[f'{side}_min']:.3f})" for side in SIDES)
-        lines.append(f"  {part:<22}{mine:>22}{theirs:>22}{row['speedup']:>8.2f}")
+        lines.append(
+            f"  {part:<22}{mine:>22}{theirs:>22}{row['speedup']:>8.2f}"
+            f"{row['processor_speedup']:>8.2f}"
+        )
     for name, unit, scale in (
         ("images_per_second", "images/s", 1),
         ("flops", "GFLOP a step", 1e9),

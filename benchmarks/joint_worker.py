@@ -3,7 +3,8 @@
     python benchmarks/joint_worker.py {ours,torch} CASE EXCHANGE
 
 CASE is JSON, the fields of `Case`. First a line of JSON comes out that describes the side, then, for
-each line of input with the name of a part, the seconds it took; at the end of input the memory.
+each line of input with the name of a part, the seconds and processor seconds it took; at the end of
+input the memory.
 `ours` writes its first state, draws and losses to the file EXCHANGE, `torch` starts from them.
 """
 
@@ -335,9 +336,10 @@ def main() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     print(json.dumps(description), flush=True)
     for line in sys.stdin:
-        clock = time.perf_counter()
+        clock, processor = time.perf_counter(), time.process_time()
         parts[line.strip()]()
-        print(time.perf_counter() - clock, flush=True)
+        seconds = time.perf_counter() - clock, time.process_time() - processor
+        print(json.dumps(seconds), flush=True)
     print(json.dumps({"peak_bytes": _memory("VmHWM")}), flush=True)
 
 
