@@ -15,12 +15,12 @@ import pytest
 from test_steps import tiny_teacher
 
 from lrq_jax import processes
-from lrq_jax.main import LOST, REFUSED
 from lrq_jax.readers import save_teacher
 from lrq_jax.writers.codes import load_student
 
 REPOSITORY = Path(__file__).parents[1]
 STEPS, WARMUP = 24, 4
+LOST, REFUSED = 4, 2  # exit codes of lrq_jax.main, whose import reads the command line
 TINY_RUN = (
     "--config.data.name=",
     f"--config.steps={STEPS}",
