@@ -126,6 +126,17 @@ def test_depthwise_forms_of_the_cpu_on_any_machine(window, rng):
     _assert_close(*both(x, kernel))
 
 
+@pytest.mark.parametrize("cached", [1, 60, 1000, 10**6], ids=["row", "rows", "images", "whole"])
+def test_the_kernel_gradient_adds_up_its_parts(cached, rng, monkeypatch):
+    monkeypatch.setattr(depthwise, "CACHED_VALUES", cached)
+    settings = ((2, 1), ((1, 2), (0, 1)), (1, 2))
+    x, kernel = _normal(rng, 6, 9, 8, 4), _normal(rng, 3, 3, 1, 4)
+    value, pullback = jax.vjp(lambda k: _plain(x, k, *settings, 4), kernel)
+    grad = np.asarray(jnp.cos(value))
+    found = depthwise._kernel_gradient(jnp.asarray(x), kernel.shape, grad, *settings)
+    _assert_close([found], pullback(grad))
+
+
 def test_depthwise_under_jit_and_vmap(rng):
     settings = ((2, 1), ((1, 2), (0, 1)), (1, 2))
     x, kernel = _normal(rng, 3, 2, 9, 8, 4), _normal(rng, 3, 3, 1, 4)
