@@ -25,8 +25,7 @@ TINY_RUN = (
     "--config.data.name=",
     f"--config.steps={STEPS}",
     f"--config.method.warmup_steps={WARMUP}",
-    "--config.method.calibration_start=2",
-    "--config.method.calibration_steps=2",
+    f"--config.method.calibration_steps={WARMUP}",
     "--config.method.batch_size=8",
     "--config.method.generator_width=8",
     "--config.method.attention=none",  # its shifted products take long to compile
@@ -46,7 +45,7 @@ def free_port():
 
 def start(workdir, *flags, **environment):
     """The command line as a person starts it, on one device; its teacher lies beside `workdir`."""
-    flags = (f"--config.teacher.path={workdir.parent / 'teacher'}", *flags)
+    flags = (f"--config.teacher.path={workdir.parent / 'teacher'}", *flags)  # needs no digits
     return subprocess.Popen(
         [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *TINY_RUN, *flags],
         env={
@@ -54,6 +53,7 @@ def start(workdir, *flags, **environment):
             "PATH": "/usr/bin:/bin",
             "HOME": str(workdir.parent),
             "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling is most of a run
             **environment,
         },
         stdout=subprocess.PIPE,

@@ -1,31 +1,52 @@
 """Precision and memory of a step: settings that change its cost and not what it computes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from test_steps import CALIBRATED, FIRING, TEACHER, run_steps, tiny_settings
+from test_steps import FIRING, TEACHER, tiny_settings
 
 from lrq_jax.quantize import step_spec
 from lrq_jax.resources import PRECISIONS, Resources, accumulated_gradient
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training import steps
+from lrq_jax.training.compilation import put_replicated
 
 # As in test_steps.test_one_device_equals_eight: the step is a continuous function of its gradient.
 # Without attention, whose many shifted products are most of what a step takes to compile.
 SMOOTH = {**FIRING, "adam_epsilon": 1e-2, "student_optimizer": "sgd", "attention": "none"}
-FUNCTIONS = (*CALIBRATED, steps.joint_step)
+FAST = {"xla_backend_optimization_level": 0}  # these programs run once: compiling is the cost
 
 
 def settings_with(**resources):
     return dataclasses.replace(tiny_settings(**SMOOTH), resources=Resources(**resources))
 
 
+@functools.cache
+def run_steps(settings, devices=1):
+    """Final state, metrics of each step in turn, and the last step's compiled program as text."""
+    mesh = data_mesh(devices)
+    spec = step_spec(TEACHER, settings, mesh)
+    variables = put_replicated(TEACHER.variables, mesh)
+    start = jax.jit(steps.initial_state, static_argnums=(0, 2), compiler_options=FAST)
+    state = put_replicated(start(spec, TEACHER.variables, 0), mesh)
+    history = []
+    for function, count in ((steps.calibration_step, 1), (steps.joint_step, 3)):
+        jitted = jax.jit(functools.partial(function, spec=spec), compiler_options=FAST)
+        program = jitted.lower(state, variables).compile()
+        for _ in range(count):
+            state, metrics = program(state, variables)
+            history.append({name: float(value) for name, value in metrics.items()})
+            state = put_replicated(jax.device_get(state), mesh)
+    return jax.device_get(state), history, program.as_text()
+
+
 def assert_same_losses(settings, other, *, tolerance=1e-5, devices=1):
-    expected, found = (run_steps(s, FUNCTIONS, d)[1] for s, d in ((settings, 1), (other, devices)))
+    expected, found = run_steps(settings)[1], run_steps(other, devices)[1]
     for first, second in zip(expected, found, strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():
@@ -40,7 +61,7 @@ def test_micro_batches_add_up_to_the_batch():
 def test_what_is_computed_again_is_the_same():
     plain, again = settings_with(), settings_with(rematerialize="elementwise")
     assert_same_losses(plain, again)
-    assert run_steps(plain, FUNCTIONS)[2] != run_steps(again, FUNCTIONS)[2]
+    assert run_steps(plain)[2] != run_steps(again)[2]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
@@ -74,9 +95,7 @@ def test_a_batch_that_does_not_divide_into_parts_is_refused():
 
 
 def test_bfloat16_is_used_where_it_is_said_and_stays_close():
-    exact, coarse = (
-        run_steps(settings_with(precision=p), FUNCTIONS) for p in ("float32", "bfloat16")
-    )
+    exact, coarse = (run_steps(settings_with(precision=p)) for p in ("float32", "bfloat16"))
     for first, second in zip(exact[1], coarse[1], strict=True):
         for name in ("generator/loss", "generator/bns"):
             assert second[name] == pytest.approx(first[name], rel=0.05), name
