@@ -121,7 +121,9 @@ def our_side(case: Case, exchange: Path) -> Side:
     key = jax.random.key(5)
     noise, labels = jax.jit(lambda key: steps.draw_latents(key, spec))(key)
     images_of = jax.jit(lambda params: generate(spec.generator, params, noise, labels))
-    teach = jax.jit(lambda v, images: steps.teacher_forward(graph, v, images, spec.resources))
+    teach = jax.jit(
+        lambda v, images: steps.teacher_forward(graph, v, images, resources=spec.resources)
+    )
     held = jax.block_until_ready(images_of(states["generator"].generator))
     jax.block_until_ready(teach(variables, held))
 

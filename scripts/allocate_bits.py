@@ -51,7 +51,7 @@ def main() -> None:
     settings = resolve(config, image_size=max(teacher.graph.input_shape[:2]))
     mesh = data_mesh()
     spec = step_spec(teacher, settings, mesh)
-    jax.config.update("jax_default_matmul_precision", settings.precision)
+    jax.config.update("jax_default_matmul_precision", settings.resources.matmul_precision)
     variables = put_replicated(teacher.variables, mesh)
     with tempfile.TemporaryDirectory() as directory:
         pool = synthesize_pool(spec, variables, Path(directory), seed=arguments.seed)

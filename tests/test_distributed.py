@@ -25,6 +25,7 @@ TINY_RUN = (
     "--config.data.name=",
     f"--config.steps={STEPS}",
     f"--config.method.warmup_steps={WARMUP}",
+    "--config.method.calibration_start=0",
     f"--config.method.calibration_steps={WARMUP}",
     "--config.method.batch_size=8",
     "--config.method.generator_width=8",

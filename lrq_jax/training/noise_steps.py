@@ -74,7 +74,11 @@ def noise_loss(images: jax.Array, labels: jax.Array, key: jax.Array, teacher: Va
         images,
     )
     logits, features, bns = teacher_forward(
-        spec.graph, teacher, images, spec.resources, statistics=method.noise_statistics
+        spec.graph,
+        teacher,
+        images,
+        resources=spec.resources,
+        statistics=method.noise_statistics,
     )
     if method.noise_target == "probability":
         lowest = method.noise_lowest_target

@@ -154,10 +154,11 @@ def hard_labels(labels: jax.Array) -> jax.Array:
     return jnp.argmax(labels, axis=-1) if labels.ndim == 2 else labels
 
 
-def teacher_forward(graph: Graph, teacher: Variables, images: jax.Array, resources: Resources, *,
+def teacher_forward(graph: Graph, teacher: Variables, images: jax.Array, *,
+                    resources: Resources = DEFAULT_RESOURCES,
                     statistics: str = "variance") -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Logits `[B, K]`, pooled features `[B, D]` and the BNS loss, in one of its forms
-    (`losses.STATISTICS`), of the frozen teacher; float32 whatever it is computed in."""
+    (`losses.STATISTICS`), of the frozen teacher; float32 whatever the teacher is computed in."""
     taps = tuple(layer.inputs[0] for layer in graph.batch_norms)
     outputs = (graph.output, graph.features, *taps)
     values = float_forward(graph, *resources.cast((teacher, images), smallest_rank=2), outputs)
@@ -197,7 +198,7 @@ def synthesis_loss(generator: Any, teacher: Variables, centers: Centers, noise: 
     method = spec.method
     images = generate(spec.generator, *spec.resources.cast((generator, noise)), labels)
     images = images.astype(jnp.float32)
-    logits, features, bns = teacher_forward(spec.graph, teacher, images, spec.resources)
+    logits, features, bns = teacher_forward(spec.graph, teacher, images, resources=spec.resources)
     terms = {
         "generator/ce": losses.focal_cross_entropy(logits, labels, focus=method.class_focus),
         "generator/bns": bns,
