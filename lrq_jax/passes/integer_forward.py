@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,10 +48,10 @@ class QuantizedWeights(NamedTuple):
     """Weight codes, per output channel `zero_point` and `scale` (batch norm folded in), and the
     bias in units of input scale times weight scale; codes and bias are integers in float32."""
 
-    codes: jax.Array
-    zero_point: jax.Array
-    scale: jax.Array
-    bias: jax.Array
+    codes: Any  # jax arrays in a program, numpy ones or dtypes where files are written
+    zero_point: Any
+    scale: Any
+    bias: Any
 
 
 class Source(NamedTuple):
@@ -345,7 +345,7 @@ def _window_sums_in_order(layer: L.AvgPool, x: QuantizedTensor) -> jax.Array:
         [slice(i, n - k + i + 1, s) for i in range(k)]
         for n, k, s in zip(real.shape[1:3], layer.window, layer.strides, strict=True)
     )
-    return sum(real[:, row, column] for row in rows for column in columns)
+    return cast(jax.Array, sum(real[:, row, column] for row in rows for column in columns))
 
 
 @_run.register

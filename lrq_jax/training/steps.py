@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from lrq_jax import losses
 from lrq_jax.graph import Graph
@@ -39,9 +38,14 @@ class Keyed(Protocol):
     """A state that counts its steps and holds raw key data."""
 
     @property
-    def step(self) -> jax.Array: ...
+    def step(self) -> jax.Array:
+        """Steps done, a scalar."""
+        ...
+
     @property
-    def key(self) -> jax.Array: ...
+    def key(self) -> jax.Array:
+        """Raw data of a random key."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class StepSpec:
     student: Student
     generator: GeneratorSpec
     method: Method
-    mesh: Mesh | None = None
+    mesh: Any = None  # a Mesh, which everything but single steps in tests has
 
     @property
     def graph(self) -> Graph:
@@ -163,7 +167,7 @@ def margin_loss(features: jax.Array, labels: jax.Array, centers: Centers, teache
 
 
 def synthesis_loss(generator: Any, teacher: Variables, centers: Centers, noise: jax.Array,
-                   labels: jax.Array, *, spec: StepSpec) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+                   labels: jax.Array, *, spec: StepSpec) -> tuple[jax.Array, dict[str, Any]]:  # fmt: skip
     """`L_G = CE + w_bns * BNS + w_ama * (L_low + L_up)`.
 
     Returns:
