@@ -9,8 +9,8 @@ Examples:
     a published ResNet-18, with images to measure its accuracy on:
         python -m lrq_jax.main --config=configs/r18.py --workdir=runs/r18 \\
             --config.teacher.path=resnet18.pth --config.data.path=DIR_OF_IMAGES
-    three bits, half an hour instead of days:
-        python -m lrq_jax.main --config.student.weight_bits=3 --config.steps=400
+    three bits, and a look at how long it would take:
+        python -m lrq_jax.main --config.student.weight_bits=3 --estimate
 
 Starting again on the same --workdir resumes. A finished run holds report.html and report.json;
 then: python -m lrq_jax.export, verify, bench, evaluate, report, compare (each knows --help).

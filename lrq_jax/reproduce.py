@@ -9,7 +9,7 @@ from lrq_jax.config import RunSettings, get_config, resolve
 
 PLACES = {"teacher_path": "teacher.path", "data_name": "data.name", "data_path": "data.path",
            "data_split": "data.split",
-          "train_path": "data.train_path", "train_images": "data.train_images", "preset": "method.preset"}  # fmt: skip
+          "train_path": "data.train_path", "train_images": "data.train_images", "pool_path": "data.pool_path", "preset": "method.preset"}  # fmt: skip
 """Field of RunSettings -> its name in a config, where they differ."""
 
 

@@ -129,6 +129,7 @@ def ground(tiny_run, tmp_path_factory):
 
 @pytest.mark.parametrize("line", sorted({line for _, line in HERE}))
 def test_commands_run_as_they_are_written(line, ground, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SECONDS", 0.05)
     monkeypatch.setenv("LRQ_CACHE", str(tmp_path / "cache"))
     for name in ("runs", "exported", "DIR_OF_IMAGES"):
         shutil.copytree(ground / name, tmp_path / name)

@@ -208,7 +208,11 @@ def _convolved(layer: L.Conv, x: QuantizedTensor, kernel: jax.Array, bias: jax.A
                largest: int, frozen: bool) -> jax.Array:  # fmt: skip
     """The accumulators of a convolution: int8 where the platform is fast at it, and the same
     numbers from float convolutions elsewhere. GPUs have no integer convolutions in XLA."""
-    window = {"strides": layer.strides, "padding": layer.padding, "dilation": layer.dilation}
+    window: dict[str, Any] = {
+        "strides": layer.strides,
+        "padding": layer.padding,
+        "dilation": layer.dilation,
+    }
 
     def over_floats(x: QuantizedTensor, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         return integer_conv2d(

@@ -156,7 +156,7 @@ class TrainingLoop:
         """The phase of one step that learns the student's rounding on the pool."""
         if int(state.step) >= phase.stop:
             return state
-        pool, clock = self._pool(), time.monotonic()
+        pool, clock = self.pool(), time.monotonic()
         # Of the seed alone, as the pool: a run stopped in here starts this phase again.
         key = jax.random.fold_in(jax.random.key(self._settings.seed), _REBUILD_STREAM)
         student = reconstructed(
@@ -250,7 +250,7 @@ class TrainingLoop:
         the generator's as it is, classes in order; without a generator, some of the pool."""
         spec = self._spec
         if not spec.method.trains_generator:
-            pool, count = self._pool(), len(self._pool().labels)
+            pool, count = self.pool(), len(self.pool().labels)
             chosen = (np.linspace(0, count - 1, _GRID_IMAGES).astype(int) + seed) % count
             return np.asarray(pool.images)[chosen], np.asarray(pool.labels)[chosen]
         labels = np.arange(_GRID_IMAGES) * max(1, spec.generator.num_classes // _GRID_IMAGES)
