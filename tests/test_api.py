@@ -43,8 +43,7 @@ def test_the_result_is_the_report_as_plain_values(tiny_run):
 def test_the_callback_is_told_of_every_phase_to_its_end(tiny_run):
     _, _, seen = tiny_run
     assert [(s.phase, s.done, s.total) for s in seen] == [
-        ("warm-up", 1, 1), ("calibration", 1, 2), ("calibration", 2, 2), ("training", 1, 2),
-        ("training", 2, 2),
+        ("calibration", 1, 2), ("calibration", 2, 2), ("training", 1, 2), ("training", 2, 2),
     ]  # fmt: skip
     assert all(np.isfinite(list(s.losses.values())).all() and s.losses for s in seen)
     assert {s.unit for s in seen} == {"step"}

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from test_steps import tiny_settings, tiny_teacher
 
 from lrq_jax import api, bench, compare, console, evaluate, export, hints, reference, verify
-from lrq_jax.config import base_config, field_names, resolve, short_schedule
+from lrq_jax.config import base_config, field_names, get_config, resolve, short_schedule
 from lrq_jax.estimate import PhaseEstimate, describe, duration, estimate
 from lrq_jax.networks import FAMILIES
 from lrq_jax.quantize import prepare
@@ -228,8 +228,8 @@ def test_colours_are_for_terminals_only(monkeypatch):
 def parsed(line):
     """The config that the main command makes of a line."""
     values, argv = flags.FlagValues(), shlex.split(line)[2:]
-    config = config_flags.DEFINE_config_file(
-        "config", str(REPOSITORY / "lrq_jax" / "config.py"), flag_values=values, sys_argv=argv
+    config = config_flags.DEFINE_config_dict(
+        "config", get_config(), flag_values=values, sys_argv=argv
     )
     values(argv)
     return config.value
