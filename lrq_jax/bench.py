@@ -164,17 +164,19 @@ def _seconds(name: str, path: Path, twin: bytes, fed: tuple[np.ndarray, np.ndarr
 
 
 def _timing(name: str, batch: int, threads: int, float32: np.ndarray, integer: np.ndarray) -> Timing:  # fmt: skip
-    quartiles = [
-        tuple(round(1000 * float(q), 4) for q in np.percentile(seconds, (25, 50, 75)))
-        for seconds in (float32, integer)
-    ]
+    def quartiles(seconds: np.ndarray) -> tuple[float, float, float]:
+        low, median, high = (
+            round(1000 * float(q), 4) for q in np.percentile(seconds, (25, 50, 75))
+        )
+        return low, median, high
+
     return Timing(
         runtime=name,
         batch=batch,
         threads=threads,
         pairs=len(float32),
-        float32=quartiles[0],
-        integer=quartiles[1],
+        float32=quartiles(float32),
+        integer=quartiles(integer),
         speedup=round(float(np.median(float32 / integer)), 3),
     )
 
@@ -209,25 +211,18 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:
-    """Bars of median latency, float beside integer, as a PNG.
+    """Bars of median latency, float beside integer, as a PNG."""
+    from matplotlib.figure import Figure  # without pyplot: no window, nothing global
 
-    Raises:
-      ImportError: matplotlib is missing; names the extra.
-    """
-    from lrq_jax.writers.extras import require
-
-    require("matplotlib", extra="plot").use("Agg")
-    pyplot = require("matplotlib.pyplot", extra="plot")
     rows = result["timings"]
-    figure, axes = pyplot.subplots(1, len(rows), figsize=(2.6 * len(rows), 3), squeeze=False)
+    figure = Figure(figsize=(2.6 * len(rows), 3), layout="tight")
+    axes = figure.subplots(1, len(rows), squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
         medians = [row["float32"][1], row["integer"][1]]
         axis.bar(["float32", "integer"], medians, color=["#999999", "#2a7f62"])
         axis.set_title(f"{row['runtime']}, batch {row['batch']}\n{row['speedup']:.2f}x", fontsize=9)
         axis.set_ylabel("ms a call (median)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _parser() -> argparse.ArgumentParser:

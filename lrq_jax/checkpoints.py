@@ -79,7 +79,7 @@ class TrainingCheckpoints:
             for step in self._manager.all_steps()
             if (metrics := self._manager.metrics(step)) and metrics[LOSS] < _NO_LOSS
         }
-        return min(losses, key=losses.get) if losses else None
+        return min(losses, key=lambda step: losses[step]) if losses else None
 
     def save(self, step: int, state: Any, loss: float | None) -> None:
         """Saves in the background; a checkpoint of the same step is kept as it is.

@@ -26,7 +26,7 @@ class RunSettings:
     """Everything a run depends on besides the files it reads; static and hashable.
 
     Attributes:
-      teacher_path: teacher directory, `.safetensors` teacher, or `digits`.
+      teacher_path: teacher directory, checkpoint file, `.safetensors` teacher, or `digits`.
       data_name, data_path, data_split: evaluation images, see `lrq_jax.data.load_data`; name and
         path both empty: nothing is evaluated.
       pool_path: run directory of the same teacher whose noise images are taken; empty: new ones.
@@ -36,9 +36,11 @@ class RunSettings:
       method: the preset with the config's overrides.
       seed: of every random number of the run.
       resources: precision and memory of the steps; evaluation is always in float32.
-      eval_batch_size: images.
+      eval_batch_size: images a call of the evaluation.
       steps_per_dispatch: training steps a program call runs; 0: chosen per backend.
-      log_every, checkpoint_every, images_every: steps.
+      log_every: steps between two lines of metrics.
+      checkpoint_every: steps between two checkpoints.
+      images_every: steps between two grids of images.
     """
 
     teacher_path: str

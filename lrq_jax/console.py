@@ -3,29 +3,88 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import dataclasses
 import logging
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 10.0
-_silent = False
+_COLOURS = {"bold": "1", "red": "31", "green": "32", "yellow": "33"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """How far a phase of a run is: what a progress callback is given.
+
+    Attributes:
+      phase: `warm-up`, `calibration`, `training`, ...
+      done, total: units of the phase.
+      unit: what is counted, in the singular.
+      losses: means since the last call, by name.
+    """
+
+    phase: str
+    done: int
+    total: int
+    unit: str
+    losses: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Audience:
+    callback: Callable[[Step], None] | None = None
+    verbose: bool = True
+
+
+_AUDIENCE = contextvars.ContextVar("audience", default=_Audience())  # noqa: B039  (it is frozen)
+
+
+@contextlib.contextmanager
+def audience(callback: Callable[[Step], None] | None = None, *, verbose: bool = True) -> Iterator[None]:  # fmt: skip
+    """While this lasts, `callback` is told of every step of progress; unless `verbose`, nothing is
+    printed. An exception of the callback ends the run, which resumes from its last checkpoint."""
+    token = _AUDIENCE.set(_Audience(callback=callback, verbose=verbose))
+    try:
+        yield
+    finally:
+        _AUDIENCE.reset(token)
 
 
 def be_silent() -> None:
     """From now on this process says nothing: another one of its job does."""
-    global _silent
-    _silent = True
+    _AUDIENCE.set(_Audience(verbose=False))
 
 
 def say(message: str) -> None:
     """A line for the person who runs the command."""
-    if _silent:
+    if not _AUDIENCE.get().verbose:
         return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
+
+
+def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
+    """The text in a colour where `stream` (default: standard output) is a terminal that shows it.
+
+    Elsewhere, with NO_COLOR set (no-color.org) or TERM=dumb, the text as it is.
+    """
+    stream = stream or sys.stdout
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or not stream.isatty():
+        return text
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+def fail(program: str, error: Exception) -> int:
+    """Says on standard error why a command did nothing; its exit code, 2."""
+    print(f"{coloured(program, 'red', sys.stderr)}: {error}", file=sys.stderr)
+    return 2
 
 
 @contextlib.contextmanager
@@ -49,7 +108,8 @@ class Progress:
         self._phase, self._unit = phase, unit
         self._start, self._done, self._stop = start, start, stop
         self._began = self._spoke = time.monotonic()
-        terminal = sys.stdout.isatty() and not _silent
+        self._audience = _AUDIENCE.get()
+        terminal = self._audience.verbose and sys.stdout.isatty()
         self._bar = (
             tqdm(desc=phase, initial=start, total=stop, unit=unit, file=sys.stdout, leave=True)
             if terminal
@@ -65,6 +125,10 @@ class Progress:
 
     def update(self, done: int, losses: dict[str, float]) -> None:
         """Shows that `done` of the phase's steps are done, with the latest losses."""
+        if self._audience.callback is not None:
+            self._audience.callback(
+                Step(phase=self._phase, done=done, total=self._stop, unit=self._unit, losses=losses)
+            )
         shown = {name: f"{value:.4g}" for name, value in losses.items()}
         if self._bar is not None:
             self._bar.update(done - self._done)

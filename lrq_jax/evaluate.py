@@ -9,10 +9,12 @@ own preprocessing. Every runtime sees the same images.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +53,11 @@ def evaluate_model(model: str | Path, data: EvalData, *, runtimes: tuple[str, ..
     tally = Tally(tuple(runners), data.name, classes)
     for batch in batches(data, preprocessing, batch_size=batch_size):
         pixels = np.rint(
-            (batch.images * np.float32(preprocessing.std) + np.float32(preprocessing.mean)) * 255
+            (
+                batch.images * np.array(preprocessing.std, np.float32)
+                + np.array(preprocessing.mean, np.float32)
+            )
+            * 255
         )
         raw = pixels.clip(0, 255).astype(np.uint8)
         logits = {
@@ -69,13 +75,10 @@ def _runners(model: Path) -> tuple[Preprocessing, int, dict[str, Callable[[], Ru
     directory = model if is_student(model) else model / STUDENT
     student, codes, preprocessing = load_student(directory)
     makers: dict[str, Callable[[], Runner]] = {Reference.name: lambda: Reference(student, codes)}
-    for target, runner in (
-        ("onnx", OnnxRunner),
-        ("jax", JaxExportRunner),
-        ("litert", LiteRTRunner),
-    ):
+    runners: dict[str, Any] = {"onnx": OnnxRunner, "jax": JaxExportRunner, "litert": LiteRTRunner}
+    for target, runner in runners.items():
         if (path := model / FILES[target]).exists():
-            makers[runner.name] = lambda runner=runner, path=path: runner(path)
+            makers[runner.name] = functools.partial(runner, path)
     return preprocessing, student.graph.num_classes, makers
 
 

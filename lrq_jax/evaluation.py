@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable
 
@@ -18,12 +19,17 @@ Forward = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Accuracy of one network, in percent of `images`; `agreement` with the first network."""
+    """Accuracy of one network, in percent of `images`; `agreement` with the first network.
+
+    `disagreements` are (class of the first network, class of this one, images), the commonest
+    first; a class of -1 stands for logits that are not numbers.
+    """
 
     top1: float
     top5: float
     agreement: float
     images: int
+    disagreements: tuple[tuple[int, int, int], ...] = dataclasses.field(default=(), repr=False)
 
 
 def evaluate(forwards: dict[str, Forward], data: EvalData, preprocessing: Preprocessing, *,
@@ -69,6 +75,7 @@ class Tally:
     def __init__(self, names: tuple[str, ...], data_name: str, num_classes: int) -> None:
         self._counts = {name: np.zeros(3, np.int64) for name in names}
         self._images, self._data_name, self._num_classes = 0, data_name, num_classes
+        self._pairs = {name: collections.Counter[tuple[int, int]]() for name in names}
 
     def add(self, logits: dict[str, np.ndarray], batch: Batch) -> None:
         """Counts a batch; its padding does not count.
@@ -86,6 +93,11 @@ class Tally:
         self._images += int(batch.mask.sum())
         for name in self._counts:
             self._counts[name] += _count(logits[name], batch.labels, reference, batch.mask)
+            best = _best(logits[name])
+            apart = batch.mask & (best != reference)
+            self._pairs[name].update(
+                zip(reference[apart].tolist(), best[apart].tolist(), strict=True)
+            )
 
     def result(self) -> dict[str, Accuracy]:
         """Accuracy of each network so far."""
@@ -95,6 +107,9 @@ class Tally:
                 top5=100 * float(top5) / self._images,
                 agreement=100 * float(agree) / self._images,
                 images=self._images,
+                disagreements=tuple(
+                    (*pair, count) for pair, count in self._pairs[name].most_common()
+                ),
             )
             for name, (top1, top5, agree) in self._counts.items()
         }

@@ -32,7 +32,7 @@ from lrq_jax.bench import bench
 from lrq_jax.bench import table as bench_table
 from lrq_jax.console import say
 from lrq_jax.exported import CARD, record
-from lrq_jax.run_directory import REPORT
+from lrq_jax.run_directory import REPORT, read_report
 from lrq_jax.verify import verify
 from lrq_jax.writers.codes import load_student
 from lrq_jax.writers.model_card import model_card
@@ -68,10 +68,9 @@ def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] =
     student, codes, preprocessing = load_student(run / STUDENT)
     require_integer(student)
     check_out(out, overwrite)
-    accuracy = json.loads((run / REPORT).read_text(encoding="utf-8"))
-    accuracy = accuracy.get("run", accuracy)  # an export's report holds its run's
+    accuracy = read_report(run)
     options = {"weight_storage": weight_storage, "batch": batch, "input_kind": input_kind}
-    report = {
+    report: dict[str, Any] = {
         "format": "lrq_jax export",
         "version": __version__,
         "jax": jax.__version__,

@@ -2,9 +2,23 @@
 
     python -m lrq_jax.main [--config=configs/NAME.py] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
+Examples:
+
+    the embedded default, handwritten digits and a small residual network:
+        python -m lrq_jax.main
+    a published ResNet-18, with images to measure its accuracy on:
+        python -m lrq_jax.main --config=configs/r18.py --workdir=runs/r18 \\
+            --config.teacher.path=resnet18.pth --config.data.path=DIR_OF_IMAGES
+    three bits, and a look at how long it would take:
+        python -m lrq_jax.main --config.student.weight_bits=3 --estimate
+
 With --config.distributed=True on every process of a job they train together; see `processes.py`.
 
-Without --config: the embedded default (handwritten digits, a small residual teacher).
+Starting again on the same --workdir resumes. A finished run holds report.html and report.json;
+then: python -m lrq_jax.export, verify, bench, evaluate, report, compare (each knows --help).
+
+Exit codes: 0 finished; 1 a fault of this program; 2 nothing was started, the input cannot be used;
+3 a loss stopped being finite.
 """
 
 from __future__ import annotations
@@ -13,6 +27,7 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
@@ -22,11 +37,14 @@ from ml_collections import config_flags
 
 from lrq_jax import config as embedded_config
 from lrq_jax.config import base_config, field_names, resolve
-from lrq_jax.console import be_silent, say
+from lrq_jax.console import be_silent, coloured, say
+from lrq_jax.estimate import LONG_STEPS, describe, estimate
+from lrq_jax.hints import accelerator_hint
 from lrq_jax.paths import cache_directory
 from lrq_jax.processes import is_first, join_processes
 from lrq_jax.quantize import load_eval_data, prepare, quantize, step_spec, summary
 from lrq_jax.readers.store import load_teacher
+from lrq_jax.reference import fields_text, overview
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training.errors import TrainingDiverged
 
@@ -75,6 +93,13 @@ _check_names(_OVERRIDES, "--config.FIELD")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", embedded_config.__file__, "Config file, e.g. configs/r18.py; default: the digits."
 )
+_LIST = flags.DEFINE_bool("list", False, "Print presets, file formats and networks, and end.")
+_FIELDS = flags.DEFINE_bool(
+    "fields", False, "Print every --config.FIELD, its default and meaning, and end."
+)
+_ESTIMATE = flags.DEFINE_bool(
+    "estimate", False, "Measure how long the run will take and how much memory, and end."
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/latest", "Run directory; an unfinished run resumes."
 )
@@ -86,7 +111,10 @@ def _last_line(error: Exception) -> str:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Flags parser for absl that ends in a message where absl's own shows a traceback."""
+    """Flags parser for absl that ends in a message where absl's own shows a traceback, and whose
+    help is no error."""
+    if {"--help", "-help", "-h", "--helpshort", "-?"} & set(argv):
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     files = [match[1] for arg in argv if (match := re.match(r"--?config=(.*)", arg))]
     where = f"--config={files[-1]}" if files else "--config"
     try:
@@ -111,11 +139,35 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def _hint(message: str) -> str:
+    """The error, and for one of the commonest the command that gets further."""
+    if "teacher" in message and "convert_teacher" in message:
+        message += (
+            "\nname it with --config.teacher.path=FILE, a published .pth will do; "
+            "--list shows the networks and files that are known"
+        )
+    return message
+
+
+def _tell_before(steps: int) -> None:
+    """What is better known before a run than after it."""
+    if hint := accelerator_hint(jax.default_backend()):
+        say(coloured(f"careful: {hint}", "yellow"))
+    if steps > LONG_STEPS and jax.default_backend() == "cpu":
+        say(
+            f"{steps:,} steps are long for a CPU: the same command with --estimate measures how "
+            "long, --config.steps=400 is a short run"
+        )
+
+
 def main(argv: Sequence[str]) -> None:
     """Entry point of absl."""
     if len(argv) > 1:
         _exit(REFUSED, f"found arguments {argv[1:]}, expected flags only: --config.FIELD=VALUE")
     logging.set_verbosity(logging.ERROR)  # orbax reports each array it writes
+    if _LIST.value or _FIELDS.value:
+        say(overview() if _LIST.value else fields_text())
+        return
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
     try:
         if _CONFIG.value.distributed:
@@ -126,9 +178,14 @@ def main(argv: Sequence[str]) -> None:
         settings = resolve(_CONFIG.value, image_size=max(teacher.graph.input_shape[:2]))
         step_spec(teacher, settings, data_mesh())  # before images are read, which can take long
         data = load_eval_data(settings) if is_first() else None
+        if _ESTIMATE.value:
+            with tempfile.TemporaryDirectory() as nowhere:
+                say(describe(estimate(prepare(teacher, settings, data, f"{nowhere}/run"))))
+            return
         job = prepare(teacher, settings, data, _WORKDIR.value)
     except (ValueError, OSError, ImportError) as error:
-        _exit(REFUSED, str(error))
+        _exit(REFUSED, _hint(str(error)))
+    _tell_before(settings.method.warmup_steps + settings.method.steps)
     try:
         report = quantize(job)
     except TrainingDiverged as error:
@@ -140,7 +197,7 @@ def main(argv: Sequence[str]) -> None:
     if not is_first():
         return
     say(summary(report))
-    say(f"report: {_WORKDIR.value}/report.json")
+    say(f"report: {_WORKDIR.value}/report.json, {_WORKDIR.value}/report.html")
 
 
 if __name__ == "__main__":

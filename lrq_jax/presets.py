@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from lrq_jax.method import Method
 from lrq_jax.passes.plan import QuantSpec
@@ -150,7 +151,7 @@ def squant(*, large_images: bool) -> Preset:
     )
 
 
-def _changed(preset: Preset, **method: object) -> Preset:
+def _changed(preset: Preset, **method: Any) -> Preset:
     return dataclasses.replace(preset, method=dataclasses.replace(preset.method, **method))
 
 

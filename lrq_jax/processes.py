@@ -8,6 +8,7 @@ processes, every process computes the same states, and the first one alone write
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 
@@ -27,14 +28,14 @@ def join_processes(*, heartbeat_seconds: int = 30) -> None:
       ValueError: settings of the job that are incomplete or contradict each other.
       ConnectionError: the others could not be reached.
     """
-    given = {name: os.environ.get(name) for name in (ADDRESS, COUNT, NUMBER)}
+    given = {name: os.environ.get(name, "") for name in (ADDRESS, COUNT, NUMBER)}
     missing = [name for name, value in given.items() if not value]
     if 0 < len(missing) < len(given):
         raise ValueError(
             f"distributed: found environment variables without {missing}, expected all of "
             f"{list(given)} (or none on TPU pods, Slurm, Open MPI and Kubernetes)"
         )
-    arguments = {}
+    arguments: dict[str, Any] = {}
     if not missing:
         try:
             count, number = int(given[COUNT]), int(given[NUMBER])
@@ -67,7 +68,7 @@ def join_processes(*, heartbeat_seconds: int = 30) -> None:
     except RuntimeError as error:
         raise ConnectionError(
             f"distributed: found no answer ({str(error).splitlines()[0]}), expected all "
-            f"{given[COUNT] or ''} processes to start within {_START_SECONDS} s and to reach "
+            f"{given[COUNT]} processes to start within {_START_SECONDS} s and to reach "
             f"{given[ADDRESS] or 'the first one'}"
         ) from error
 

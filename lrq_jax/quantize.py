@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.tree_util import Partial
 
 from lrq_jax import __version__
 from lrq_jax.config import RunSettings
-from lrq_jax.console import say
+from lrq_jax.console import coloured, say
 from lrq_jax.data import EvalData, Preprocessing, load_data, preprocess
 from lrq_jax.evaluation import Accuracy, evaluate
+from lrq_jax.hints import preprocessing_warning
 from lrq_jax.passes import Student, float_logits, frozen_logits, student_forward
 from lrq_jax.processes import is_first, wait_for_all
 from lrq_jax.readers.teacher import Teacher, teacher_hash
+from lrq_jax.report import Measured, measure, write_page
+from lrq_jax.reproduce import command
 from lrq_jax.run_directory import RunDirectory
 from lrq_jax.sharding import data_mesh, local_mesh
 from lrq_jax.synthesis.generator import GeneratorSpec
@@ -28,6 +32,15 @@ from lrq_jax.training.loop import TrainingLoop
 from lrq_jax.training.noise_pool import check_pool
 from lrq_jax.training.steps import StepSpec, final_student
 from lrq_jax.writers.codes import frozen_from_codes, load_student, save_student
+
+_PREVIEWS = range(3)
+"""Seeds of the synthetic images that a finished student is measured on, 40 each."""
+
+_PAIRS = 20
+"""Most frequent disagreements that a report lists."""
+
+_FIRST_LOOK = 256
+"""Images on which a teacher's recorded accuracy is checked before the run."""
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
@@ -71,8 +84,9 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh |
                 f"{devices} devices"
                 + (f" x {count // devices} micro_batches" if count > devices else "")
             )
+    height, width, channels = teacher.graph.input_shape
     generator = GeneratorSpec(
-        image_shape=teacher.graph.input_shape,
+        image_shape=(height, width, channels),
         num_classes=teacher.graph.num_classes,
         conditioning=method.conditioning,
         attention=method.attention,
@@ -182,15 +196,17 @@ def quantize(job: Job) -> dict[str, Any]:
         say(f"{run.path}: finished already; its report:")
         return run.report
     jax.config.update("jax_default_matmul_precision", "highest")
+    warnings = _check_teacher(job)
 
     loop = TrainingLoop(spec, job.teacher, settings, run)
     with jax.default_matmul_precision(settings.resources.matmul_precision):
-        student = jax.device_get(final_student(loop.run(), spec=spec))
+        state = loop.run()
+        student = jax.device_get(final_student(state, spec=spec))
     if not is_first():
         return {}
 
     clock = time.monotonic()
-    save_student(
+    codes = save_student(
         run.student,
         spec.student,
         student,
@@ -203,10 +219,72 @@ def quantize(job: Job) -> dict[str, Any]:
         },
     )
     accuracy = _evaluate(job, student)
+    measured = _measure(job, [loop.preview(state, seed) for seed in _PREVIEWS], student, codes)
+    run.write_arrays(measured.arrays)
     timings = {**loop.timings, "evaluation and export": time.monotonic() - clock}
-    report = _report(job, accuracy, timings)
+    warnings = warnings or _warn(job, accuracy["teacher"] if accuracy else None)
+    report = {**_report(job, accuracy, timings), "warnings": warnings, **measured.facts}
     run.write_report(report)
+    write_page(run.path, job.teacher.preprocessing)
     return report
+
+
+def _measure(job: Job, previews: list[Any], variables: Any, codes: dict[str, Any]) -> Measured:
+    """What the report shows of layers and synthetic images."""
+    student = job.spec.student
+    images, labels = (np.concatenate(parts) for parts in zip(*previews, strict=True))
+    return measure(
+        student,
+        frozen_from_codes(codes) if student.is_integer else variables,
+        codes,
+        teacher_variables=job.teacher.variables,
+        images=images,
+        labels=labels,
+        data=job.data,
+        preprocessing=job.teacher.preprocessing,
+    )
+
+
+def _check_teacher(job: Job) -> list[str]:
+    """Warns before a long run, not after it, of a teacher that is fed wrongly: where an accuracy
+    is recorded for its file, on some of the images."""
+    data = job.data
+    if data is None or job.teacher.top1 is None or job.settings.method.steps == 0:
+        return []
+    chosen = np.linspace(0, data.num_examples - 1, min(_FIRST_LOOK, data.num_examples)).astype(int)
+    source = [data.source[int(index)] for index in chosen]
+    some = EvalData(name=data.name, num_examples=len(source), class_names=None, source=source)
+    found = evaluate(
+        {"teacher": _teacher_forward(job)},
+        some,
+        job.teacher.preprocessing,
+        num_classes=job.teacher.graph.num_classes,
+        batch_size=min(job.settings.eval_batch_size, len(source)),
+        mesh=local_mesh(),
+    )
+    return _warn(job, found["teacher"])
+
+
+def _warn(job: Job, teacher: Accuracy | None) -> list[str]:
+    """Says where the teacher's accuracy shows that it is fed wrongly; the report's warnings."""
+    if teacher is None:
+        return []
+    warning = preprocessing_warning(
+        teacher.top1,
+        images=teacher.images,
+        num_classes=job.teacher.graph.num_classes,
+        recorded=job.teacher.top1,
+    )
+    if warning is None:
+        return []
+    say(coloured(f"careful: {warning}", "yellow"))
+    return [warning]
+
+
+def _teacher_forward(job: Job) -> Partial:
+    graph = job.teacher.graph
+    floats = put_replicated(job.teacher.variables, local_mesh())
+    return Partial(lambda variables, images: float_logits(graph, variables, images), floats)
 
 
 def _evaluate(job: Job, variables: Any) -> dict[str, Accuracy]:
@@ -215,10 +293,7 @@ def _evaluate(job: Job, variables: Any) -> dict[str, Accuracy]:
     if data is None:
         return {}
     graph, mesh = teacher.graph, local_mesh()
-    floats = put_replicated(teacher.variables, mesh)
-    teacher_forward = Partial(
-        lambda variables, images: float_logits(graph, variables, images), floats
-    )
+    teacher_forward = _teacher_forward(job)
     if spec.student.is_integer:
         student, codes, _ = load_student(job.run.student)
         frozen = put_replicated(frozen_from_codes(codes), mesh)
@@ -280,6 +355,24 @@ def _report(job: Job, accuracy: dict[str, Accuracy], timings: dict[str, float]) 
         "teacher_source": {"file": teacher.source, "sha256": teacher.source_sha256},
         "settings": settings.to_dict(),
         "student_path": str(job.run.student.name),
+        "command": command(settings, image_size=max(teacher.graph.input_shape[:2])),
+        "disagreements": _disagreements(job, accuracy),
+    }
+
+
+def _disagreements(job: Job, accuracy: dict[str, Accuracy]) -> dict[str, Any]:
+    """Images that teacher and student class differently, and the commonest pairs of classes."""
+    if not accuracy:
+        return {"images": None, "pairs": []}
+    names = job.teacher.class_names
+    name = lambda index: str(index) if names is None or index < 0 else names[index]  # noqa: E731
+    found = accuracy["student"].disagreements
+    return {
+        "images": sum(count for *_, count in found),
+        "pairs": [
+            {"teacher": name(teacher), "student": name(student), "images": count}
+            for teacher, student, count in found[:_PAIRS]
+        ],
     }
 
 

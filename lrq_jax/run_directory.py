@@ -15,6 +15,7 @@ from lrq_jax.config import differences
 from lrq_jax.data import Preprocessing
 
 CONFIG, METRICS, REPORT, TIMINGS = "config.json", "metrics.jsonl", "report.json", "timings.json"
+ARRAYS, PAGE, STUDENT = "report.npz", "report.html", "student"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -22,6 +23,23 @@ def write_json(path: Path, value: Any) -> None:
     temporary = _temporary(path)
     temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """The report of a finished run, or of an export: what its run reported.
+
+    Raises:
+      FileNotFoundError: no finished run there.
+    """
+    file = Path(path) / REPORT
+    if not file.is_file():
+        state = "an unfinished run" if (Path(path) / CONFIG).is_file() else "no run"
+        raise FileNotFoundError(
+            f"found {state} at {str(path)!r}, expected the directory of a finished one, with a "
+            f"{REPORT}; python -m lrq_jax.main --workdir={path} makes or finishes it"
+        )
+    report = json.loads(file.read_text(encoding="utf-8"))
+    return report.get("run", report)  # an export's report holds its run's
 
 
 def _temporary(path: Path) -> Path:
@@ -98,7 +116,7 @@ class RunDirectory:
     @property
     def student(self) -> Path:
         """Where the finished student's codes and scales go."""
-        return self.path / "student"
+        return self.path / STUDENT
 
     @property
     def report(self) -> dict[str, Any] | None:
@@ -108,6 +126,13 @@ class RunDirectory:
     def write_report(self, report: dict[str, Any]) -> None:
         """Marks the run as finished."""
         write_json(self.path / REPORT, report)
+
+    def write_arrays(self, arrays: dict[str, Any]) -> None:
+        """Keeps what the report's pictures are made of."""
+        temporary = _temporary(self.path / ARRAYS)
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(temporary, self.path / ARRAYS)
 
     def timings(self) -> dict[str, float]:
         """Wall seconds per phase so far, over all starts of the run."""
@@ -153,7 +178,7 @@ class RunDirectory:
 
     # --- images ---
 
-    def write_images(self, name: str, images: np.ndarray, labels: Sequence[int],
+    def write_images(self, name: str, images: np.ndarray, labels: Sequence[int] | np.ndarray,
                      preprocessing: Preprocessing, class_names: Sequence[str] | None) -> None:  # fmt: skip
         """Writes a labelled grid of images as `images/NAME.png`.
 

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from lrq_jax.writers.extras import require
 from lrq_jax.writers.tables import is_portable
 from lrq_jax.writers.targets import FILES, STUDENT, onnx_proto, target_bytes
 
-RUNTIMES: dict[str, tuple[str, Callable[..., Runner]]] = {
+RUNTIMES: dict[str, tuple[str, Any]] = {
     OnnxRunner.name: (FILES["onnx"], OnnxRunner),
     "jax": (FILES["jax"], JaxExportRunner),
     LiteRTRunner.name: (FILES["litert"], LiteRTRunner),

@@ -78,6 +78,9 @@ FAST = {
     "R W3A3 seed 0": [*POLICY_R, *_bits(3, 3)],
     "R W2A4 seed 0": [*POLICY_R, *_bits(2, 4)],
 }
+_LEFT_OUT = {"command", "layers", "batch_norms", "histogram", "disagreements", "synthetic"}
+"""Of a report: what is long, and the command with this machine's paths."""
+
 SUITES = {
     "fast": ("configs/fast.py", FAST),
     "ingredients": ("configs/squant.py", INGREDIENTS),
@@ -154,7 +157,7 @@ def main() -> None:
             "commit": _commit(),
             "machine": _machine(),
             "processors": len(share),
-            **report,
+            **{name: value for name, value in report.items() if name not in _LEFT_OUT},
         }
         with lock, open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

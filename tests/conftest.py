@@ -45,3 +45,61 @@ def naive_conv2d():
         return out
 
     return convolve
+
+
+TINY_FIELDS = {
+    "method.batch_size": 16,
+    "method.attention": "none",  # large kernels take long to compile
+    "method.warmup_steps": 2,
+    "method.calibration_start": 0,
+    "method.calibration_steps": 2,
+    "method.generator_width": 16,
+    "method.latent_dim": 8,
+    "log_every": 1,
+    "images_every": 1,
+}
+"""A run of seconds on `test_steps.tiny_teacher()`."""
+
+
+def tiny_data(count=37):
+    """Labelled 8x8 images, the labels mostly the tiny teacher's own classes."""
+    from test_steps import tiny_teacher
+
+    from lrq_jax.data import EvalData
+    from lrq_jax.data.pixels import normalise
+    from lrq_jax.passes import float_logits
+
+    teacher, rng = tiny_teacher(), np.random.default_rng(5)
+    pixels = rng.integers(0, 256, (count, 8, 8, 1)).astype(np.uint8)
+    images = normalise(pixels, teacher.preprocessing)
+    labels = np.asarray(float_logits(teacher.graph, teacher.variables, images)).argmax(-1)
+    labels[:3] = (labels[:3] + 1) % 10
+    source = tuple(zip(pixels, (int(label) for label in labels), strict=True))
+    return EvalData(name="noise", num_examples=count, class_names=None, source=source)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A finished run of seconds through the library: (Quantized, EvalData, steps called back)."""
+    from test_steps import tiny_teacher
+
+    from lrq_jax import api
+    from lrq_jax.sharding import data_mesh
+
+    seen = []
+    data = tiny_data()
+    with pytest.MonkeyPatch.context() as patch:  # one device: eight compile for longer
+        patch.setattr("lrq_jax.quantize.data_mesh", lambda: data_mesh(1))
+        result = api.quantize(
+            tiny_teacher(),
+            preset="lrq",
+            weight_bits=3,
+            act_bits=5,
+            steps=2,
+            data=data,
+            workdir=tmp_path_factory.mktemp("tiny") / "run",
+            fields=TINY_FIELDS,
+            callback=seen.append,
+            verbose=False,
+        )
+    return result, data, seen

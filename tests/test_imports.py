@@ -17,19 +17,20 @@ PACKAGE = REPOSITORY / "lrq_jax"
 # the top of lrq_jax stands in exactly one row.
 ORDER = (
     ("__init__",),
-    ("ops", "graph", "sharding", "processes", "console", "paths"),
+    ("ops", "graph", "sharding", "processes", "console", "paths", "hints"),
     ("quantizers", "networks", "data"),
     ("passes", "losses", "synthesis", "checkpoints"),
     ("readers", "method", "resources"),
     ("presets",),
     ("config", "evaluation"),
-    ("run_directory", "writers"),
-    ("runtimes", "training"),
+    ("run_directory", "writers", "reproduce"),
+    ("runtimes", "training", "report", "reference"),
+    ("compare",),
     ("quantize",),
-    ("exported",),
+    ("exported", "estimate"),
     ("verify", "bench", "evaluate"),
     ("export",),
-    ("main",),
+    ("api", "main"),
 )
 ROW = {room: row for row, rooms in enumerate(ORDER) for room in rooms}
 
@@ -41,6 +42,7 @@ INDEPENDENT = {
     "processes",
     "console",
     "paths",
+    "hints",
     "losses",
     "synthesis",
     "data",
@@ -51,7 +53,7 @@ NEVER = {"tensorflow", "torch", "keras", "clu"}
 # Imported by the function that needs them: a run that does not read images this way, or a user
 # of the library without them, never pays.
 LAZY = {
-    "PIL", "ai_edge_litert", "h5py", "ml_collections", "onnx", "onnxruntime", "openvino", "sklearn", "tensorboardX",
+    "PIL", "ai_edge_litert", "h5py", "jinja2", "markupsafe", "matplotlib", "ml_collections", "onnx", "onnxruntime", "openvino", "sklearn", "tensorboardX",
     "tensorflow_datasets",
 }  # fmt: skip
 MAY_IMPORT_AT_TOP = {"main": {"ml_collections"}}
@@ -201,7 +203,7 @@ def extras_named(tree):
 
 def test_every_extra_an_error_names_can_be_installed():
     named = set().union(*(extras_named(ast.parse(path.read_text())) for path in modules()))
-    assert {"onnx", "litert", "openvino", "plot"} <= named
+    assert {"onnx", "litert", "openvino"} <= named
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     files = project["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
     assert named <= set(files)

@@ -267,7 +267,7 @@ def _write(images: ImageList, data_dir: str) -> str:
         def initialize_from_bucket(self) -> None:
             pass  # it also leaves an empty folder in $TMPDIR at every build
 
-    class LrqImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class LrqImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         """Images of a folder with their labels, in the folder's order."""
 
         VERSION = tfds.core.Version("1.0.0")

@@ -11,6 +11,8 @@ Every method returns the name of the tensor it made; names not given are derived
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from lrq_jax.graph import layers as L
 from lrq_jax.graph.layers import INPUT, Padding, Pair, Shape
 from lrq_jax.graph.network import Graph
@@ -43,8 +45,8 @@ def _padding(name: str, padding: PaddingLike, size: Shape, kernel: Pair, strides
         raise L.GraphError(
             f"layer {name!r}: found padding {padding!r}, expected numbers, 'same' or 'tf_same'"
         )
-    height, width = _pair(padding)
-    return _pair(height), _pair(width)
+    rows, columns = cast(tuple[Any, Any], _pair(cast(Any, padding)))  # numbers or pairs of them
+    return _pair(rows), _pair(columns)
 
 
 class GraphBuilder:

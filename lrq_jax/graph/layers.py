@@ -118,7 +118,9 @@ class Conv(Layer):
 
     def parameter_shapes(self, *shapes: Shape) -> dict[str, dict[str, Shape]]:
         (shape,) = shapes
-        params = {"kernel": (*self.kernel_size, shape[2] // self.groups, self.features)}
+        params: dict[str, Shape] = {
+            "kernel": (*self.kernel_size, shape[2] // self.groups, self.features)
+        }
         if self.use_bias:
             params["bias"] = (self.features,)
         return {"params": params}
@@ -141,7 +143,7 @@ class Dense(Layer):
 
     def parameter_shapes(self, *shapes: Shape) -> dict[str, dict[str, Shape]]:
         (shape,) = shapes
-        params = {"kernel": (shape[0], self.features)}
+        params: dict[str, Shape] = {"kernel": (shape[0], self.features)}
         if self.use_bias:
             params["bias"] = (self.features,)
         return {"params": params}
@@ -158,7 +160,7 @@ class BatchNorm(Layer):
         return shapes[0]
 
     def parameter_shapes(self, *shapes: Shape) -> dict[str, dict[str, Shape]]:
-        channels = (shapes[0][-1],)
+        channels: Shape = (shapes[0][-1],)
         collections = {"batch_stats": {"mean": channels, "var": channels}}
         if self.affine:
             collections["params"] = {"scale": channels, "bias": channels}
@@ -261,7 +263,7 @@ class Slice(Layer):
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = shapes
         self.check_image(shape)
-        size = (0,)
+        size: Shape = (0,)
         if min(self.start) >= 0 and min(self.step) >= 1:
             size = tuple(len(range(n)[s]) for n, s in zip(shape, self.slices, strict=True))
         if min(size) < 1:

@@ -7,6 +7,7 @@ Stem, head and the first and last stage keep their size at every scale (TensorFl
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lrq_jax.graph import Graph, GraphBuilder
 from lrq_jax.networks.mobilenet import conv_bn, inverted_residual, rounded
@@ -37,7 +38,7 @@ def efficientnet_lite(*, variant: int = 0, padding: str = "tf_same", eps: float 
     if variant not in _SCALES:
         raise ValueError(f"found variant {variant}, expected one of {sorted(_SCALES)}")
     width, depth = _SCALES[variant]
-    common = {"activation": "relu6", "padding": padding, "eps": eps}
+    common: dict[str, Any] = {"activation": "relu6", "padding": padding, "eps": eps}
     net = GraphBuilder(f"efficientnet_lite{variant}", input_shape=input_shape)
     x = conv_bn(net, net.image, 32, 3, strides=2, prefix="stem", **common)
     for stage, (kernel_size, expansion, features, blocks, strides) in enumerate(_STAGES, 1):

@@ -6,14 +6,26 @@ or a pool; `"split"` ends a branch in a 1x3 and a 3x1 convolution side by side.
 
 from __future__ import annotations
 
+from typing import Any
+
 from lrq_jax.graph import Graph, GraphBuilder
+
+Pair = tuple[int, int]
+Row = tuple[Any, ...]
+"""Convolutions `(features, kernel size, settings)`, and words for pools and splits."""
 
 _EPS = 1e-3
 _VALID = {"padding": 0}
 _DOWN = {"strides": 2, "padding": 0}
-_STEM = ((32, 3, _DOWN), (32, 3, _VALID), (64, 3, {}), "max", (80, 1, {}), (192, 3, _VALID), "max")
-Pair = tuple[int, int]
-Row = tuple[object, ...]
+_STEM: Row = (
+    (32, 3, _DOWN),
+    (32, 3, _VALID),
+    (64, 3, {}),
+    "max",
+    (80, 1, {}),
+    (192, 3, _VALID),
+    "max",
+)
 
 
 def _stage1(pool: int) -> tuple[Row, ...]:
@@ -36,7 +48,7 @@ def _stage2(narrow: int) -> tuple[Row, ...]:
     )  # fmt: skip
 
 
-_STAGE3 = (
+_STAGE3: tuple[Row, ...] = (
     ((320, 1, {}),),
     ((384, 1, {}), "split"),
     ((448, 1, {}), (384, 3, {}), "split"),
@@ -95,6 +107,6 @@ def _row(net: GraphBuilder, x: str, row: Row, prefix: str) -> str:
 
 
 def _conv(net: GraphBuilder, x: str, features: int, kernel_size: int | Pair, prefix: str,
-          **settings: int) -> str:  # fmt: skip
+          **settings: Any) -> str:  # fmt: skip
     x = net.conv(x, features, kernel_size, name=f"{prefix}_conv", **settings)
     return net.relu(net.batch_norm(x, eps=_EPS, name=f"{prefix}_bn"), name=f"{prefix}_relu")

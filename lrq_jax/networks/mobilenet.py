@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lrq_jax.graph import Graph, GraphBuilder
 from lrq_jax.graph.builder import PaddingLike
 
 # (features, blocks) of each stage; the first block of a stage takes its stride.
 _V1 = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
-_V1_STRIDES = {"imagenet": (2, 1, 2, 2, 2, 2), "cifar": (1, 1, 2, 2, 2, 2)}
+_V1_STRIDES: dict[str, tuple[int, ...]] = {
+    "imagenet": (2, 1, 2, 2, 2, 2),
+    "cifar": (1, 1, 2, 2, 2, 2),
+}
 # (expansion, features, blocks)
 _V2 = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
-_V2_STRIDES = {"imagenet": (2, 1, 2, 2, 2, 1, 2, 1), "cifar": (1, 1, 1, 2, 2, 1, 2, 1)}
+_V2_STRIDES: dict[str, tuple[int, ...]] = {
+    "imagenet": (2, 1, 2, 2, 2, 1, 2, 1),
+    "cifar": (1, 1, 1, 2, 2, 1, 2, 1),
+}
 """Stride of the stem, then of each stage. CIFAR: as kuangliu, chenyaofo and forge train them."""
 
 
@@ -54,7 +62,7 @@ def mobilenet_v1(*, width: float = 1.0, strides: str = "imagenet", activation: s
       ValueError: unknown strides.
     """
     stem, *stage_strides = strides_of(_V1_STRIDES, strides)
-    common = {"activation": activation, "padding": padding, "eps": eps}
+    common: dict[str, Any] = {"activation": activation, "padding": padding, "eps": eps}
     net = GraphBuilder(f"mobilenet_v1_x{width:g}", input_shape=input_shape)
     x = conv_bn(net, net.image, rounded(32 * width), 3, strides=stem, prefix="stem", **common)
     for stage, ((features, blocks), stride) in enumerate(zip(_V1, stage_strides, strict=True), 1):
@@ -72,7 +80,7 @@ def inverted_residual(net: GraphBuilder, x: str, features: int, kernel_size: int
                       always_expand: bool = False) -> str:  # fmt: skip
     """MobileNetV2's block: 1x1 up, depthwise, linear 1x1 down, and the sum where shapes agree."""
     y, hidden = x, expansion * net.shape(x)[2]
-    common = {"padding": padding, "eps": eps}
+    common: dict[str, Any] = {"padding": padding, "eps": eps}
     if expansion != 1 or always_expand:
         y = conv_bn(net, y, hidden, 1, prefix=f"{prefix}_expand", activation=activation, **common)
     y = conv_bn(net, y, hidden, kernel_size, strides=strides, groups=hidden,
@@ -105,7 +113,7 @@ def mobilenet_v2(*, width: float = 1.0, strides: str = "imagenet", activation: s
       ValueError: unknown strides.
     """
     stem, *stage_strides = strides_of(_V2_STRIDES, strides)
-    common = {"activation": activation, "padding": padding, "eps": eps}
+    common: dict[str, Any] = {"activation": activation, "padding": padding, "eps": eps}
     net = GraphBuilder(f"mobilenet_v2_x{width:g}", input_shape=input_shape)
     x = conv_bn(
         net, net.image, rounded(32 * width, divisor), 3, strides=stem, prefix="stem", **common

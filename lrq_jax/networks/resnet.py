@@ -33,6 +33,7 @@ def resnet(*, depth: int = 18, stride_in_1x1: bool = False, num_classes: int = 1
         features = 64 * 2**stage
         for block in range(blocks):
             strides = 2 if stage > 0 and block == 0 else 1
+            plan: tuple[tuple[int, int, int], ...]
             if not bottleneck:
                 plan = ((features, 3, strides), (features, 3, 1))
             else:

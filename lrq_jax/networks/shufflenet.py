@@ -37,8 +37,8 @@ def shufflenet_v2(*, width: float = 1.0, features: tuple[int, ...] | None = None
     net = GraphBuilder(f"shufflenet_v2_x{width:g}", input_shape=input_shape)
     x = conv_bn(net, net.image, 24, 3, strides=2, prefix="stem", activation="relu")
     # What rounding up adds lies after the last row and column, where it never wins.
-    rest = tuple((0, (n - 3) % 2) for n in net.shape(x)[:2])
-    x = net.max_pool(x, 3, strides=2, padding=rest if ceil_pool else 1, name="maxpool")
+    rows, columns = ((0, (n - 3) % 2) for n in net.shape(x)[:2])
+    x = net.max_pool(x, 3, strides=2, padding=(rows, columns) if ceil_pool else 1, name="maxpool")
     for stage, (channels, blocks) in enumerate(zip(stages, _BLOCKS, strict=True), 1):
         for block in range(blocks):
             x = _unit(net, x, channels // 2, downsample=block == 0,

@@ -8,6 +8,7 @@ are chosen when a program is lowered, so one function serves every platform.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def _shifted_products(x: jax.Array, kernel: jax.Array, strides: Pair, padding: P
     # XLA would repeat whatever made the input (an exact GELU, say) at every offset.
     padded = lax.optimization_barrier(_pad(x, padding))
     size = _output_size(padded, kernel.shape, strides, dilation)
-    total = None
+    total: Any = None
     for i, j in _offsets(kernel.shape):
         top, left = i * dilation[0], j * dilation[1]
         shifted = padded[

@@ -9,7 +9,7 @@ from jax import lax
 from lrq_jax.ops.straight_through import straight_through
 
 
-def divide(a: jax.Array, b: jax.Array) -> jax.Array:
+def divide(a: jax.Array, b: jax.Array | float) -> jax.Array:
     """The float32 nearest to `a / b`.
 
     XLA's own quotient is not: it turns `a / broadcast(b)` into `a * (1 / b)`, and on GPU it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +31,7 @@ def bias_corrected(student: Student, variables: Variables, teacher: Variables) -
     moments = tensor_moments(student.graph, teacher)
     params, stats = dict(variables["params"]), dict(variables["batch_stats"])
     for operation in student.operations:
-        layer = operation.layer
+        layer: Any = operation.layer  # with weights, where it has a moment
         moment = moments.get(layer.inputs[0]) if operation.weight_bits else None
         if moment is None:
             continue

@@ -35,7 +35,8 @@ def blocks_of(student: Student) -> tuple[Block, ...]:
     with the last."""
     graph, made = student.graph, {op.output for op in student.operations}
     blocks: list[Block] = []
-    source, before, pending = INPUT, {INPUT}, ()
+    source, before = INPUT, {INPUT}
+    pending: tuple[Operation, ...] = ()
     for cut in graph.block_outputs:
         if cut not in made:  # inside an operation
             continue

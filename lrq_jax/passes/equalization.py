@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -69,7 +71,8 @@ def _tied(graph: Graph) -> list[list[str]]:
         if _passes_factors(layer):
             joined = set().union(*(group[name] for name in (layer.name, *layer.inputs)))
             group.update(dict.fromkeys(joined, joined))
-    found, seen = [], set()
+    found: list[Any] = []
+    seen: set[Any] = set()
     for layer in graph.layers:
         tensors = group[layer.name]
         if not tensors & seen and all(_admits(graph, name) for name in tensors):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,10 +48,10 @@ class QuantizedWeights(NamedTuple):
     """Weight codes, per output channel `zero_point` and `scale` (batch norm folded in), and the
     bias in units of input scale times weight scale; codes and bias are integers in float32."""
 
-    codes: jax.Array
-    zero_point: jax.Array
-    scale: jax.Array
-    bias: jax.Array
+    codes: Any  # jax arrays in a program, numpy ones or dtypes where files are written
+    zero_point: Any
+    scale: Any
+    bias: Any
 
 
 class Source(NamedTuple):
@@ -208,7 +208,11 @@ def _convolved(layer: L.Conv, x: QuantizedTensor, kernel: jax.Array, bias: jax.A
                largest: int, frozen: bool) -> jax.Array:  # fmt: skip
     """The accumulators of a convolution: int8 where the platform is fast at it, and the same
     numbers from float convolutions elsewhere. GPUs have no integer convolutions in XLA."""
-    window = {"strides": layer.strides, "padding": layer.padding, "dilation": layer.dilation}
+    window: dict[str, Any] = {
+        "strides": layer.strides,
+        "padding": layer.padding,
+        "dilation": layer.dilation,
+    }
 
     def over_floats(x: QuantizedTensor, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         return integer_conv2d(
@@ -345,7 +349,7 @@ def _window_sums_in_order(layer: L.AvgPool, x: QuantizedTensor) -> jax.Array:
         [slice(i, n - k + i + 1, s) for i in range(k)]
         for n, k, s in zip(real.shape[1:3], layer.window, layer.strides, strict=True)
     )
-    return sum(real[:, row, column] for row in rows for column in columns)
+    return cast(jax.Array, sum(real[:, row, column] for row in rows for column in columns))
 
 
 @_run.register

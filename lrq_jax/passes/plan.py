@@ -222,7 +222,7 @@ def _only_reader(graph: Graph, layer: L.Layer) -> L.Layer | None:
 
 def _origin_of_codes(graph: Graph, tensor: str) -> str:
     """The tensor whose codes these are, before the layers that only move them."""
-    while type(layer := graph.by_name.get(tensor)) in _KEEPS_CODES:
+    while (layer := graph.by_name.get(tensor)) is not None and type(layer) in _KEEPS_CODES:
         (tensor,) = layer.inputs
     return tensor
 
@@ -235,4 +235,5 @@ def _parse_override(entry: str) -> tuple[str, int | None, int | None]:
             f"overrides: found {entry!r}, expected PATTERN=wNaM, PATTERN=wN or PATTERN=aM "
             "with bits 2 to 8, such as 'stage1_*=w6a8'"
         )
-    return match[1], match[2] and int(match[2]), match[3] and int(match[3])
+    weight_bits, output_bits = (int(bits) if bits else None for bits in match.group(2, 3))
+    return match[1], weight_bits, output_bits

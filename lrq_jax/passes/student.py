@@ -207,7 +207,8 @@ def quantize_weights(operation: Operation, variables: Variables, spec: QuantSpec
         parameters = kernel_parameters(spec, variables, operation)
         codes = quantize_weight(kernel, parameters, bits, clip_mask=spec.learns_weight_steps)
         scale, zero_point = parameters
-        bias = params[layer.name]["bias"] if layer.use_bias else jnp.zeros(scale.shape)
+        with_bias = "bias" in params[layer.name]
+        bias = params[layer.name]["bias"] if with_bias else jnp.zeros(scale.shape)
     if batch_norm is not None:
         gain, offset = batch_norm_affine(
             batch_norm,
@@ -344,7 +345,8 @@ def _paper_forward(student: Student, variables: Variables, images: jax.Array,
     def kernel_transform(layer: L.Layer, kernel: jax.Array) -> jax.Array:
         operation = weighted[layer.name]
         limits = kernel_range(spec, variables, operation)
-        return lineage_fake_quant(kernel, **limits, bits=operation.weight_bits)
+        bits = operation.weight_bits
+        return lineage_fake_quant(kernel, limits["low"], limits["high"], bits=bits)
 
     def activation_transform(layer: L.Layer, values: jax.Array) -> jax.Array:
         bits = act_bits[layer.name]

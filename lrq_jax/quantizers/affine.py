@@ -6,7 +6,7 @@ straight-through gradients) and exact evaluation. Rounding is half to even throu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ wrap around."""
 class AffineParameters(NamedTuple):
     """Scale (> 0, real units per code) and zero point (the code of 0.0), broadcastable."""
 
-    scale: jax.Array
-    zero_point: jax.Array
+    scale: Any  # jax arrays in a program, numpy numbers where files are written
+    zero_point: Any
 
 
 def top_code(bits: int) -> int:

@@ -160,7 +160,7 @@ def _from_onnx(path: Path, arch: str | None, num_classes: int | None, chosen: Ch
 
 
 def _from_keras(path: Path, arch: str | None, num_classes: int | None, chosen: Choices) -> Teacher:
-    settings = {
+    settings: dict[str, Any] = {
         "num_classes": num_classes, "mean": chosen.mean, "std": chosen.std, "size": chosen.size,
     }  # fmt: skip
     file = read_keras_file(path)
@@ -188,9 +188,8 @@ def _flax_tree(path: Path) -> tuple[dict[str, Any], tuple[str, ...]] | None:
 def _from_flax(tree: dict[str, Any], notes: tuple[str, ...], arch: str | None,
                num_classes: int | None, chosen: Choices) -> Teacher:  # fmt: skip
     flat, more = flax_variables(tree)
-    made = read_flax_variables(
-        flat, arch, num_classes=num_classes, mean=chosen.mean, std=chosen.std, size=chosen.size
-    )
+    given: dict[str, Any] = {"mean": chosen.mean, "std": chosen.std, "size": chosen.size}
+    made = read_flax_variables(flat, arch, num_classes=num_classes, **given)
     return dataclasses.replace(made, notes=notes + more + made.notes)
 
 
@@ -245,6 +244,7 @@ def _build(state: dict[str, np.ndarray], arch: str | None, num_classes: int | No
         preprocessing=preprocessing,
         arch=match.arch,
         notes=notes,
+        top1=None if published is None else published.top1,
     )
 
 
@@ -276,7 +276,7 @@ def _graph(match: Match, state: dict[str, np.ndarray], num_classes: int | None,
 
 
 def _preprocessing(known: tuple[Recipe, str] | None, choices: Choices,
-                   image: tuple[int, int, int]) -> tuple[Preprocessing, str]:  # fmt: skip
+                   image: tuple[int, ...]) -> tuple[Preprocessing, str]:  # fmt: skip
     """How to prepare images of a network's input shape, and a sentence on where that comes from."""
     size, channels = image[0], image[2]
     if choices.mean is not None:

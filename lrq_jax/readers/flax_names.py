@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def detect_flax_arch(flat: Flat) -> str:
               and array.ndim == 4}  # fmt: skip
     counts = collections.Counter(width for _, width in widths.values())
     kinds = {kind for kind, _ in widths.values()}
-    stages = tuple(counts[width] for width in sorted(counts))
+    stages: Any = tuple(counts[width] for width in sorted(counts))
     arch = _DEPTHS.get((next(iter(kinds)), stages)) if len(kinds) == 1 else None
     if arch is None:
         found = f"{sorted(kinds)} in stages of {stages}" if kinds else f"names such as {list(flat)[:4]}"  # fmt: skip

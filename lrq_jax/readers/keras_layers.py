@@ -114,7 +114,8 @@ def _convolve(t: Translator, call: Call, x: Value, kernel: np.ndarray, groups: i
         use_bias=bias is not None,
         name=t.name(name),
     )
-    t.put(made, kernel=kernel, **({} if bias is None else {"bias": bias}))
+    arrays: dict[str, Any] = {} if bias is None else {"bias": bias}
+    t.put(made, kernel=kernel, **arrays)
     return made
 
 
@@ -253,7 +254,7 @@ def _cropping(t: Translator, call: Call, x: Value) -> Value:
 
 def _two_pairs(t: Translator, call: Call, setting: str) -> Padding:
     found = t.setting(call, setting)
-    rows = [found, found] if isinstance(found, int) else list(found)
+    rows: Any = [found, found] if isinstance(found, int) else list(found)
     rows = [[row, row] if isinstance(row, int) else list(row) for row in rows]
     if [len(row) for row in rows] != [2, 2] or min(min(row) for row in rows) < 0:
         raise t.refuse(call, f"{setting} {found}", "two pairs of numbers from zero up")
@@ -345,7 +346,7 @@ def _normalization(t: Translator, call: Call, x: Value) -> Value:
         channels = t.shape(x)[-1:]
         shapes = {"mean": channels, "variance": channels, "count": ()}
         found = t.weights(call, shapes)
-        mean, variance = (np.float64(found[name]) for name in ("mean", "variance"))
+        mean, variance = (np.asarray(found[name], np.float64) for name in ("mean", "variance"))
     deviation = np.maximum(np.sqrt(variance), 1e-7)  # Keras' own guard
     return _normalised(t, call, x, 1 / deviation, -mean / deviation)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 
@@ -131,7 +132,8 @@ def _translate(t: Translator, network: KerasNetwork) -> tuple[Value, bool]:
 
 def _dense_head(graph: Graph, variables: Variables) -> tuple[Graph, Variables]:
     """A 1x1 convolution of one pixel that is then flattened (MobileNet) as the dense layer it is."""
-    *rest, conv, flat = (None, None, *graph.layers)
+    ends: tuple[Any, ...] = (None, None, *graph.layers)
+    *rest, conv, flat = ends
     if not (isinstance(flat, L.Flatten) and isinstance(conv, L.Conv) and conv.groups == 1
             and flat.inputs == (conv.name,) and conv.kernel_size == (1, 1)
             and conv.padding == ((0, 0), (0, 0))

@@ -110,7 +110,7 @@ class Translator:
 
     # --- variables -------------------------------------------------------------------------------
 
-    def weights(self, call: Call, shapes: dict[str, Shape]) -> dict[str, np.ndarray]:
+    def weights(self, call: Call, shapes: dict[str, Shape]) -> dict[str, Any]:
         """A layer's variables as float32, of exactly these names and shapes."""
         found = self._weights.of(call.address, tuple(shapes))
         found.pop("count", None)  # a Normalization's number of samples

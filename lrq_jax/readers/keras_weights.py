@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def read_keras_weights(file: KerasFile, arch: str | None, *, num_classes: int | 
             f"found {heads[-1]} classes in the file, expected the {num_classes} asked for: leave "
             "--num-classes out or choose another file"
         )
-    settings = {"num_classes": heads[-1]}
+    settings: dict[str, Any] = {"num_classes": heads[-1]}
     settings |= {} if size is None else {"input_shape": (size, size, 3)}
     graph = with_tf_same(build_network(arch, **settings))
     matched = _match(graph, stored)
@@ -221,7 +222,7 @@ def _as_stored(layer: L.Layer, matched: dict[str, _Stored]) -> L.Layer:
     if isinstance(layer, L.BatchNorm):
         affine = "gamma" in arrays or "beta" in arrays
         return dataclasses.replace(layer, eps=_EPSILON, affine=affine)
-    return dataclasses.replace(layer, use_bias="bias" in arrays)
+    return dataclasses.replace(cast(Any, layer), use_bias="bias" in arrays)
 
 
 def _variables(graph: Graph, matched: dict[str, _Stored]) -> Variables:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from lrq_jax.graph import layers as L
 from lrq_jax.readers.onnx_operators import activated, handles
-from lrq_jax.readers.onnx_translation import Node, Translation, Value
+from lrq_jax.readers.onnx_translation import Node, Numbers, Translation, Value
 
 _GATED = {"sigmoid": "silu", "hard_sigmoid": "hard_swish"}
 
@@ -46,7 +47,7 @@ def _affine(t: Translation, node: Node, position: int, constant: np.ndarray) -> 
     return _scaled(t, node, position, 1 / number, nothing)
 
 
-def _per_channel(t: Translation, node: Node, value: Value, constant: np.ndarray) -> np.ndarray:
+def _per_channel(t: Translation, node: Node, value: Value, constant: np.ndarray) -> Numbers:
     """A constant operand as float64 `()` or `[C]`, in our channel order."""
     if constant.size == 1 and constant.ndim <= len(value.axes):
         return np.float64(constant.ravel()[0])
@@ -64,7 +65,7 @@ def _per_channel(t: Translation, node: Node, value: Value, constant: np.ndarray)
     return constant.ravel().astype(np.float64)
 
 
-def _scaled(t: Translation, node: Node, position: int, scale: np.ndarray, shift: np.ndarray) -> Value:  # fmt: skip
+def _scaled(t: Translation, node: Node, position: int, scale: Numbers, shift: Numbers) -> Value:  # fmt: skip
     value = t.raw(node, position)
     alone = value.alone and t.readers[node.inputs[position]] == 1
     return dataclasses.replace(
@@ -82,14 +83,14 @@ def _sum(t: Translation, node: Node) -> Value:
 def _product(t: Translation, node: Node) -> Value:
     """A tensor times another of its shape, or times one gate a channel."""
     x, gate = t.raw(node, 0), t.raw(node, 1)
-    scale = np.float64(1)
+    scale: Numbers = np.float64(1)
     if _scales_only(t, x) and _scales_only(t, gate):
         # 6 * hard_sigmoid(x), which a later division by 6 makes whole.
         scale = x.scale * gate.scale
         x, gate = (Value(tensor=v.tensor, axes=v.axes) for v in (x, gate))
     x, gate = t.applied(x), t.applied(gate)
     for one, other in ((x, gate), (gate, x)):
-        layer = t.layers.get(other.tensor)
+        layer: Any = t.layers.get(other.tensor)
         gated = isinstance(layer, L.Activation) and layer.kind in _GATED
         if gated and layer.inputs == (one.tensor,) and one.axes == other.axes:
             return dataclasses.replace(activated(t, one, _GATED[layer.kind]), scale=scale)

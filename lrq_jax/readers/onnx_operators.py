@@ -7,13 +7,13 @@ first output, or None where it put all its outputs in place itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from lrq_jax.graph import layers as L
 from lrq_jax.readers import onnx_axes as ax
-from lrq_jax.readers.onnx_translation import Node, Translation, Value
+from lrq_jax.readers.onnx_translation import Node, Numbers, Translation, Value
 
 Handler = Callable[[Translation, Node], Value | None]
 OPERATORS: dict[str, Handler] = {}
@@ -206,9 +206,9 @@ def _batch_norm(t: Translation, node: Node) -> Value:
     value = t.settled(t.value(node))
     if len(value.axes) == 2:
         tensor, order = t.features(node, value)
-        axes = value.axes
+        axes: Any = value.axes
         if tensor != value.tensor and len(t.shapes[value.tensor]) == 3:
-            axes = ax.flattened(axes, t.shapes[value.tensor])
+            axes = ax.flattened(axes, cast(Any, t.shapes[value.tensor]))
         back = np.argsort(order)
         scale, bias, mean, var = (array[back] for array in (scale, bias, mean, var))
     else:
@@ -267,7 +267,7 @@ def _matmul(t: Translation, node: Node) -> Value:
 # --- activations ---------------------------------------------------------------------------------
 
 
-def activated(t: Translation, value: Value, kind: str, **settings: float) -> Value:
+def activated(t: Translation, value: Value, kind: str, **settings: Any) -> Value:
     """The value behind an activation; `x * sigmoid(x)` and `x * hard_sigmoid(x)` come later."""
     value = t.applied(value)
     made = t.add(L.Activation, value.tensor, kind=kind, **settings)
@@ -284,7 +284,7 @@ def _activation(t: Translation, node: Node) -> Value:
 
 @handles("LeakyRelu", "PRelu")
 def _leaky_relu(t: Translation, node: Node) -> Value:
-    slopes = np.float32(node.attributes.get("alpha", 0.01))
+    slopes: Any = np.float32(node.attributes.get("alpha", 0.01))
     if node.kind == "PRelu":
         slopes = t.required(node, 1, "slope")
     if np.ptp(slopes) > 0:
@@ -324,7 +324,8 @@ def _clip(t: Translation, node: Node) -> Value:
     raise node.fail(f"bounds {low:g} and {high:g}", "0 and 6, or 0 and no upper bound")
 
 
-def _is(waiting: tuple[np.ndarray, np.ndarray], scale: float, shift: float) -> bool:
+def _is(waiting: tuple[Numbers, Numbers], scale: float, shift: float) -> bool:
     return all(
-        v.ndim == 0 and abs(v - e) < _THIRD for v, e in zip(waiting, (scale, shift), strict=True)
+        v.ndim == 0 and abs(float(v) - e) < _THIRD
+        for v, e in zip(waiting, (scale, shift), strict=True)
     )

@@ -38,7 +38,7 @@ def onnx_preprocessing(network: OnnxNetwork, mean: Sequence[float] | None,
     if inside:
         scale, shift = np.asarray(network.scale), np.asarray(network.shift)
     if mean is not None and std is not None:
-        first_mean, first_std = np.float64(mean), np.float64(std)
+        first_mean, first_std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
         if max(*mean, *std) > 1 or len(mean) != channels or len(std) != channels:
             raise ReaderError(
                 f"found mean {tuple(mean)} and std {tuple(std)}, expected one value for each of "

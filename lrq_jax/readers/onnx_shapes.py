@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,8 @@ def _cut(t: Translation, node: Node, value: Value, axis: int, start: int, stop: 
     outer = factor.stride * factor.size == t.shapes[tensor][index]
     if not outer or (factor.stride > 1 and span.step > 1):
         raise AxesError(f"found a slice along {ax.describe(value.axes)}, expected whole indices")
-    starts, stops, steps = [0, 0, 0], [None, None, None], [1, 1, 1]
+    stops: list[int | None] = [None, None, None]
+    starts, steps = [0, 0, 0], [1, 1, 1]
     starts[index] = span.start * factor.stride
     stops[index] = (span[-1] + 1) * factor.stride
     steps[index] = span.step
@@ -152,7 +154,7 @@ def _slice(t: Translation, node: Node) -> Value:
         None if (found := t.constant(node, i + 1, name)) is None else found.ravel().tolist()
         for i, name in enumerate(("starts", "ends", "axes", "steps"))
     )
-    axes = range(len(starts)) if axes is None else axes
+    axes = list(range(len(starts))) if axes is None else axes
     steps = [1] * len(starts) if steps is None else steps
     for axis, start, stop, step in zip(axes, starts, ends, steps, strict=True):
         value = _cut(t, node, value, axis, start, stop, step)
@@ -246,7 +248,7 @@ def _pad(t: Translation, node: Node) -> Value:
         what = mode if mode != "constant" else f"{float(fill.ravel()[0]):g}"
         raise node.fail(f"padding with {what}", "zeros")
     value, pads = t.value(node), t.constant(node, 1, "pads").ravel().tolist()
-    axes = t.constant(node, 3, "axes")
+    axes: Any = t.constant(node, 3, "axes")
     rank = len(value.axes)
     axes = list(range(rank)) if axes is None else [a % rank for a in axes.ravel().tolist()]
     before, after = pads[: len(axes)], pads[len(axes) :]

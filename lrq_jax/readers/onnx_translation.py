@@ -26,6 +26,10 @@ _CLOSE = 1e-6
 _MAY_FOLLOW_SOFTMAX = ("Identity", "Reshape", "Flatten", "Squeeze", "Cast")
 
 
+Numbers = np.ndarray | np.float64
+"""One number for all channels, or one for each `[C]`; float64."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Node:
     """One ONNX operator: attributes as Python and numpy values, `place` counted from one."""
@@ -59,15 +63,18 @@ class Value:
 
     tensor: str
     axes: Axes
-    scale: np.ndarray = dataclasses.field(default_factory=lambda: np.float64(1))
-    shift: np.ndarray = dataclasses.field(default_factory=lambda: np.float64(0))
+    scale: Numbers = dataclasses.field(default_factory=lambda: np.float64(1))
+    shift: Numbers = dataclasses.field(default_factory=lambda: np.float64(0))
     alone: bool = True
     probabilities: bool = False
 
     @property
     def is_plain(self) -> bool:
         """No scale or shift is left to apply."""
-        return bool(np.all(abs(self.scale - 1) < _CLOSE) and np.all(abs(self.shift) < _CLOSE))
+        return bool(
+            np.allclose(self.scale, 1, rtol=0, atol=_CLOSE)
+            and np.allclose(self.shift, 0, rtol=0, atol=_CLOSE)
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -219,7 +226,8 @@ class Translation:
         tensor = value.tensor
         if tensor == INPUT:
             channels = self.input_shape[2]
-            wanted = tuple(np.broadcast_to(v, channels) for v in (value.scale, value.shift))
+            scale, shift = (np.broadcast_to(v, channels) for v in (value.scale, value.shift))
+            wanted = scale, shift
             if self.normalisation is None:
                 self.normalisation = wanted
             if not all(map(np.allclose, wanted, self.normalisation)):
@@ -258,7 +266,7 @@ class Translation:
                             **settings | changed)  # fmt: skip
         flat = len(self.shapes[tensor]) == 1
         source = self.add(L.Unflatten, tensor) if flat else tensor
-        params = {"kernel": np.float32(scale).reshape(1, 1, 1, channels)}
+        params: dict[str, Any] = {"kernel": np.float32(scale).reshape(1, 1, 1, channels)}
         if np.any(shift):
             params["bias"] = np.float32(shift)
         made = self.add(L.Conv, source, hint="affine", arrays={"params": params},

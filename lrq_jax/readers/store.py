@@ -22,6 +22,7 @@ from lrq_jax.console import quiet_logging
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import Graph, graph_from_dict, graph_to_dict
 from lrq_jax.readers.convert import convert_teacher
+from lrq_jax.readers.errors import ReaderError
 from lrq_jax.readers.safetensors_file import read_safetensors_file
 from lrq_jax.readers.teacher import (
     Teacher,
@@ -46,6 +47,7 @@ _CONVERT = "python scripts/convert_teacher.py --source FILE --arch NAME --out DI
 
 
 def _metadata(teacher: Teacher) -> dict[str, Any]:
+    recorded = {} if teacher.top1 is None else {"top1": teacher.top1}
     return {
         "format": "lrq_jax teacher",
         "version": FORMAT_VERSION,
@@ -56,6 +58,7 @@ def _metadata(teacher: Teacher) -> dict[str, Any]:
         "source": Path(teacher.source).name,
         "source_sha256": teacher.source_sha256,
         "notes": teacher.notes,
+        **recorded,
         "teacher_sha256": teacher_hash(teacher),
         "graph": graph_to_dict(teacher.graph),
     }
@@ -92,6 +95,7 @@ def _teacher(metadata: dict[str, Any], read: Callable[[Graph], Variables], where
             source=metadata["source"],
             source_sha256=metadata["source_sha256"],
             notes=tuple(metadata["notes"]),
+            top1=metadata.get("top1"),  # teachers of earlier versions have none
         )
         expected = metadata["teacher_sha256"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -157,8 +161,9 @@ def load_teacher(path: str | Path) -> Teacher:
 
     Args:
       path: a directory of `save_teacher`, a `.safetensors` file of `save_embedded`, or `digits`
-        for the teacher that comes with the package; also an `.onnx` file that carries its
-        normalisation (others are converted first, with the normalisation given there).
+        for the teacher that comes with the package. Any other file is converted on the fly, see
+        `convert_teacher`: it must decide its architecture and normalisation itself, as published
+        checkpoints do; where it does not, convert it first and say them there.
 
     Raises:
       FileNotFoundError: nothing there.
@@ -167,17 +172,17 @@ def load_teacher(path: str | Path) -> Teacher:
     if str(path) == DIGITS:
         return _load_digits()
     path = Path(path).resolve()
-    if path.is_file() and path.suffix == ".safetensors":
-        return _load_embedded(path)
-    if path.is_file() and path.suffix == ".onnx":
-        return convert_teacher(path)
+    if path.is_file():
+        return _load_embedded(path) if _is_embedded(path) else _load_foreign(path)
     if not path.exists():
-        raise FileNotFoundError(f"found no teacher at {str(path)!r}; make one: {_CONVERT}")
+        raise FileNotFoundError(
+            f"found no teacher at {str(path)!r}, expected a teacher directory, a checkpoint file "
+            f"(.pth, .safetensors, .onnx, ...) or {DIGITS!r}; make a teacher directory: {_CONVERT}"
+        )
     if not (path / _METADATA_FILE).is_file():
-        kind = f"a directory without {_METADATA_FILE}" if path.is_dir() else "a file"
         raise ValueError(
-            f"found {kind} at {str(path)!r}, expected a teacher directory, a .safetensors teacher "
-            f"or {DIGITS!r}; convert a published checkpoint first: {_CONVERT}"
+            f"found a directory without {_METADATA_FILE} at {str(path)!r}, expected a teacher "
+            f"directory, a checkpoint file or {DIGITS!r}; convert a checkpoint first: {_CONVERT}"
         )
     metadata = _parse((path / _METADATA_FILE).read_text(encoding="utf-8"), str(path))
 
@@ -252,13 +257,22 @@ def save_embedded(teacher: Teacher, file: str | Path) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+def _is_embedded(path: Path) -> bool:
+    """Whether a file is a teacher of `save_embedded`, and no foreign checkpoint."""
+    return path.suffix == ".safetensors" and _HEADER_KEY in read_safetensors_file(path)[1]
+
+
+def _load_foreign(path: Path) -> Teacher:
+    try:
+        return convert_teacher(path)
+    except ReaderError as error:
+        raise ReaderError(
+            f"{error}; or convert it with what it does not say: {_CONVERT}"
+        ) from error
+
+
 def _load_embedded(path: Path) -> Teacher:
     arrays, header = read_safetensors_file(path)
-    if _HEADER_KEY not in header:
-        raise ValueError(
-            f"{path}: found a safetensors file without our metadata, expected a teacher; a "
-            f"published checkpoint is converted first: {_CONVERT}"
-        )
 
     def read(_: Graph) -> Variables:
         variables: Variables = {"params": {}, "batch_stats": {}}

@@ -29,6 +29,7 @@ class Teacher:
       source: name of the file it was read from, without its folder.
       source_sha256: SHA-256 of that file, 64 hexadecimal digits; empty where there is none.
       notes: sentences on what was done to the file's arrays and where the settings come from.
+      top1: accuracy published for this very file, percent; None where none is known.
 
     Raises:
       ValueError: variables that are not those of the graph, images of another size or number of
@@ -43,6 +44,7 @@ class Teacher:
     source: str = ""
     source_sha256: str = ""
     notes: tuple[str, ...] = ()
+    top1: float | None = None
 
     def __post_init__(self) -> None:
         expected = flatten_variables(self.graph.variable_shapes())

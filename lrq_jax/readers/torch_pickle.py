@@ -267,7 +267,8 @@ def unpickle(data: bytes, load_storage: Callable[[tuple], Storage] = storage_of)
         operations = 0
         for operations, (opcode, argument, _) in enumerate(pickletools.genops(data), start=1):
             # A memo slot far above the number of operations makes the C unpickler allocate it.
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > operations:
+            puts = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+            if puts and argument is not None and argument > operations:
                 raise ReaderError(
                     f"found a pickle with memo slot {argument}, expected {operations}"
                 )
@@ -295,7 +296,7 @@ def resolve(tree: Any, array: Callable[[TensorRecord], np.ndarray]) -> Any:
             total += node.nbytes
             if total > MAX_BYTES:
                 raise ReaderError(f"found tensors of over {MAX_BYTES} bytes together, refused")
-            made = array(node)
+            made: Any = array(node)
         elif isinstance(node, dict):
             made = {key: visit(value) for key, value in node.items()}
         elif isinstance(node, list | tuple):

@@ -16,7 +16,7 @@ from lrq_jax.runtimes.base import Runner
 HOSTILE_IMAGES = 64
 
 
-def synthetic_pixels(shape: tuple[int, int, int], count: int) -> np.ndarray:
+def synthetic_pixels(shape: tuple[int, ...], count: int) -> np.ndarray:
     """uint8 `[count, H, W, C]`: extremes first, then flat, smooth, checkered and random images."""
     rng = np.random.default_rng(0)
     height, width, channels = shape
@@ -40,13 +40,13 @@ def synthetic_pixels(shape: tuple[int, int, int], count: int) -> np.ndarray:
     return np.rint(made[:count]).clip(0, 255).astype(np.uint8)
 
 
-def hostile_pixels(shape: tuple[int, int, int]) -> np.ndarray:
+def hostile_pixels(shape: tuple[int, ...]) -> np.ndarray:
     """uint8 `[64, H, W, C]` for files that take pixels, whose codes are those of a table: every
     value in every channel, then noise of darkest and brightest values only."""
     rng = np.random.default_rng(1)
     height, width, channels = shape
     needed = -(-256 // (height * width))
-    pixels = rng.choice(np.uint8([0, 255]), (HOSTILE_IMAGES, *shape))
+    pixels = rng.choice(np.array([0, 255], np.uint8), (HOSTILE_IMAGES, *shape))
     values = np.resize(np.arange(256), needed * height * width)
     shuffled = np.stack([rng.permutation(values) for _ in range(channels)], axis=-1)
     needed = min(needed, HOSTILE_IMAGES)

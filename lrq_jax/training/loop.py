@@ -51,7 +51,7 @@ def phases(spec: StepSpec) -> tuple[Phase, ...]:
     method = spec.method
     begin, end = method.calibration_start, method.calibration_start + method.calibration_steps
     student = steps.joint_step if method.images == "generator" else steps.pool_step
-    calibration = steps.calibration_step
+    calibration: Callable[..., Any] = steps.calibration_step
     if method.calibration_images == "pool":
         calibration = steps.pool_calibration_step
     rebuilt = method.warmup_steps + int(method.rounding == "adaround")
@@ -130,7 +130,7 @@ class TrainingLoop:
             phase.stop - start,
         )
         program = self._compile(phase, state, arguments, per_call)
-        single = program if per_call == 1 else None
+        single: Any = program if per_call == 1 else None
         pending: list[dict[str, jax.Array]] = []
         clock = time.monotonic()
         with Progress(
@@ -161,7 +161,7 @@ class TrainingLoop:
         """The phase of one step that learns the student's rounding on the pool."""
         if int(state.step) >= phase.stop:
             return state
-        pool, clock = self._pool(), time.monotonic()
+        pool, clock = self.pool(), time.monotonic()
         # Of the seed alone, as the pool: a run stopped in here starts this phase again.
         key = jax.random.fold_in(jax.random.key(self._settings.seed), _REBUILD_STREAM)
         student = reconstructed(
@@ -250,19 +250,29 @@ class TrainingLoop:
         self._run.log(done, phase.name, means)
         return means
 
-    def _write_images(self, state: TrainState) -> None:
-        """A grid of what the generator makes now, classes in order; nothing if it is not used."""
+    def preview(self, state: TrainState, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """40 images `[40, H, W, C]` (normalised) that the student is trained on, and their classes:
+        the generator's as it is, classes in order; without a generator, some of the pool."""
         spec = self._spec
         if not spec.method.trains_generator:
-            return
+            pool, count = self.pool(), len(self.pool().labels)
+            chosen = (np.linspace(0, count - 1, _GRID_IMAGES).astype(int) + seed) % count
+            return np.asarray(pool.images)[chosen], np.asarray(pool.labels)[chosen]
         labels = np.arange(_GRID_IMAGES) * max(1, spec.generator.num_classes // _GRID_IMAGES)
         labels = labels % spec.generator.num_classes
-        noise = jax.random.normal(jax.random.key(0), (_GRID_IMAGES, spec.generator.latent_dim))
+        noise = jax.random.normal(jax.random.key(seed), (_GRID_IMAGES, spec.generator.latent_dim))
         generator = jax.device_get(state.generator)  # of several processes each draws on its own
         images = _generate(spec.generator, generator, noise, jnp.asarray(labels))
+        return jax.device_get(images), labels
+
+    def _write_images(self, state: TrainState) -> None:
+        """A grid of what the generator makes now, classes in order; nothing if it is not used."""
+        if not self._spec.method.trains_generator:
+            return
+        images, labels = self.preview(state)
         self._run.write_images(
             f"step_{int(state.step):06d}",
-            jax.device_get(images),
+            images,
             labels,
             self._teacher.preprocessing,
             self._teacher.class_names,

@@ -190,7 +190,10 @@ def reconstruction_loss(trainable: Any, variables: Variables, batch: BlockImages
     beta = adaround.LAST_BETA + (adaround.FIRST_BETA - adaround.LAST_BETA) * falling
     open_choices = sum(adaround.undecided(choice, beta) for choice in trainable["choice"].values())
     weight = jnp.where(step < warmup, 0.0, method.reconstruction_regularizer)
-    metrics = {"reconstruction/error": error, "reconstruction/undecided": open_choices}
+    metrics: dict[str, Any] = {
+        "reconstruction/error": error,
+        "reconstruction/undecided": open_choices,
+    }
     return error + weight * open_choices, metrics
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from lrq_jax import losses
 from lrq_jax.graph import Graph
@@ -44,9 +43,14 @@ class Keyed(Protocol):
     """A state that counts its steps and holds raw key data."""
 
     @property
-    def step(self) -> jax.Array: ...
+    def step(self) -> jax.Array:
+        """Steps done, a scalar."""
+        ...
+
     @property
-    def key(self) -> jax.Array: ...
+    def key(self) -> jax.Array:
+        """Raw data of a random key."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class StepSpec:
     student: Student
     generator: GeneratorSpec
     method: Method
-    mesh: Mesh | None = None
+    mesh: Any = None  # a Mesh, which everything but single steps in tests has
     resources: Resources = DEFAULT_RESOURCES
 
     @property
@@ -161,7 +165,8 @@ def teacher_forward(graph: Graph, teacher: Variables, images: jax.Array, *,
     (`losses.STATISTICS`), of the frozen teacher; float32 whatever the teacher is computed in."""
     taps = tuple(layer.inputs[0] for layer in graph.batch_norms)
     outputs = (graph.output, graph.features, *taps)
-    values = float_forward(graph, *resources.cast((teacher, images), smallest_rank=2), outputs)
+    cast_teacher, cast_images = resources.cast((teacher, images), smallest_rank=2)
+    values = float_forward(graph, cast_teacher, cast_images, outputs)
     values = {name: value.astype(jnp.float32) for name, value in values.items()}
     running = [
         (teacher["batch_stats"][layer.name]["mean"], teacher["batch_stats"][layer.name]["var"])
@@ -189,15 +194,15 @@ def margin_loss(features: jax.Array, labels: jax.Array, centers: Centers, teache
 
 
 def synthesis_loss(generator: Any, teacher: Variables, centers: Centers, noise: jax.Array,
-                   labels: jax.Array, *, spec: StepSpec) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+                   labels: jax.Array, *, spec: StepSpec) -> tuple[jax.Array, dict[str, Any]]:  # fmt: skip
     """`L_G = CE + w_bns * BNS + w_ama * (L_low + L_up)`.
 
     Returns:
       The loss, and `{"images", "logits", "features"}` plus the terms as metrics under `"terms"`.
     """
     method = spec.method
-    images = generate(spec.generator, *spec.resources.cast((generator, noise)), labels)
-    images = images.astype(jnp.float32)
+    cast_generator, cast_noise = spec.resources.cast((generator, noise))
+    images = generate(spec.generator, cast_generator, cast_noise, labels).astype(jnp.float32)
     logits, features, bns = teacher_forward(spec.graph, teacher, images, resources=spec.resources)
     terms = {
         "generator/ce": losses.focal_cross_entropy(logits, labels, focus=method.class_focus),

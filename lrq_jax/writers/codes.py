@@ -136,7 +136,8 @@ def load_student(directory: str | Path) -> tuple[Student, dict[str, Any], Prepro
     if not is_student(directory):
         raise FileNotFoundError(
             f"found no {_DESCRIPTION} in {str(directory)!r}, expected the `student` directory of a "
-            "finished run"
+            "finished run or of an export: python -m lrq_jax.main --workdir=RUN makes the one, "
+            "python -m lrq_jax.export --run RUN --out DIR the other"
         )
     description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
     if description.get("version") != FORMAT_VERSION:

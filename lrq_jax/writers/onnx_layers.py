@@ -18,6 +18,7 @@ from lrq_jax.writers.onnx_writer import LOGITS, OnnxWriter, codes_name
 
 @functools.singledispatch
 def write_layer(layer: L.Layer, operation: Operation, writer: OnnxWriter) -> None:
+    """Adds the nodes of one operation; each kind of layer is registered below."""
     raise NotImplementedError(f"no ONNX form of layer type {type(layer).__name__}")
 
 

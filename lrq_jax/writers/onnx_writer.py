@@ -42,12 +42,14 @@ class OnnxWriter:
     # --- pieces ---
 
     def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Adds a node of one output; returns that."""
         # Nodes stay nameless: what they make has a name, and names weigh.
         made = self.onnx.helper.make_node(kind, list(inputs), [output], **attributes)
         self.nodes.append(made)
         return output
 
     def constant(self, name: str, value: np.ndarray) -> str:
+        """Adds a constant unless it is there; returns its name."""
         if name not in self.constants:
             array = np.ascontiguousarray(value).reshape(np.shape(value))
             self.constants[name] = self.onnx.numpy_helper.from_array(array, name)
@@ -99,6 +101,7 @@ class OnnxWriter:
         self.names[operation.output] = codes_name(operation.output)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
+        """Of a tensor of the network, the batch left out, channels last."""
         return self.student.graph.shapes[tensor]
 
     def reshape(self, source: str, output: str, shape: Sequence[int]) -> str:
@@ -110,6 +113,7 @@ class OnnxWriter:
     # --- ends ---
 
     def float_image(self, batch: int | None) -> Any:
+        """The input as normalised float32 `[batch, C, H, W]`, quantized; batch None is any."""
         height, width, channels = self.student.graph.input_shape
         self.new_codes(INPUT, INPUT, self.student.spec.boundary_bits)
         return self.value(INPUT, np.float32, [batch or "batch", channels, height, width])
@@ -133,10 +137,12 @@ class OnnxWriter:
         return self.value(INPUT, np.uint8, [batch or "batch", height, width, channels])
 
     def value(self, name: str, dtype: Any, shape: Sequence[int | str]) -> Any:
+        """Description of an input or output of the graph."""
         element = self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         return self.onnx.helper.make_tensor_value_info(name, element, list(shape))
 
     def model(self, image: Any, metadata: dict[str, Any], batch: int | None) -> Any:
+        """The whole model of the nodes and constants so far, checked by onnx."""
         helper, graph = self.onnx.helper, self.student.graph
         logits = self.value(LOGITS, np.float32, [batch or "batch", graph.num_classes])
         made = helper.make_graph(

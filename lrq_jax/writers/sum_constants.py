@@ -118,16 +118,16 @@ def sum_constants(addition: Sum, units: tuple[np.float32, np.float32]) -> SumCon
             found = np.rint(first + (second + constants.offset))
         return np.array_equal(addition.clipped(found), ours[which])
 
-    factors = [ratio / unit for ratio, unit in zip(ratios, units, strict=True)]
-    for constants in _candidates(*factors, zero_point):
+    first, second = (ratio / unit for ratio, unit in zip(ratios, units, strict=True))
+    for constants in _candidates(first, second, zero_point):
         if gives_ours(constants, near) and gives_ours(constants, slice(None)):
             return constants
     return None
 
 
 def _candidates(first: np.float32, second: np.float32, zero_point: np.float32) -> Iterator[SumConstants]:  # fmt: skip
-    steps = itertools.product(range(-REACH, REACH + 1), repeat=2)
-    steps = sorted(steps, key=lambda pair: (sum(map(abs, pair)), pair))
+    pairs = itertools.product(range(-REACH, REACH + 1), repeat=2)
+    steps = sorted(pairs, key=lambda pair: (sum(map(abs, pair)), pair))
     for n, m in steps:
         yield SumConstants(_stepped(first, n), _stepped(second, m), None)
     for more in OFFSETS:

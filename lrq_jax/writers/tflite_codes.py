@@ -100,7 +100,7 @@ class CodesWriter:
         source, output = operation.inputs[0], operation.output
         centred, bias, scale = self.weights(operation)
         x, y = self.parameters(source).scale, self.parameters(output).scale
-        multiplier = x * scale / y
+        multiplier: Any = x * scale / y
         if self.unit(source) == 1 != x:
             scale = multiplier if self.unit(output) == 1 else x * scale
         # A channel without weights makes one code whatever its multiplier: the bias becomes it.

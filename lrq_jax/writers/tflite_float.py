@@ -71,7 +71,8 @@ class _FloatWriter:
     def result(self, operation: Operation, kind: str, inputs: Sequence[int],
                shape: Sequence[int] | None = None, **options: Any) -> None:  # fmt: skip
         """An operator that makes an operation's output, its activation fused if it can be."""
-        output, activation = operation.output, operation.activation
+        output = operation.output
+        activation: Any = operation.activation
         fused = "NONE" if activation is None else _FUSED.get(activation.kind)
         shape = self.shape(output) if shape is None else shape
         name = output if fused else f"{output}.linear"
@@ -138,7 +139,7 @@ def _conv(layer: L.Conv, operation: Operation, writer: _FloatWriter) -> None:
     image = writer.tensors[source]
     if amounts:
         image = writer.padded(source, layer.name, [*amounts, (0, 0)])
-    options = {
+    options: dict[str, Any] = {
         "padding": padding,
         **dict(zip(("strideH", "strideW"), layer.strides, strict=True)),
         **dict(zip(("dilationHFactor", "dilationWFactor"), layer.dilation, strict=True)),
@@ -201,6 +202,7 @@ def _pool(kind: str, layer: L.MaxPool, operation: Operation, writer: _FloatWrite
     """Zeros stand for what lies outside where the runtime has no name for the padding: of a
     maximum, whose input is no negative number behind a ReLU, and of a mean that counts them."""
     (source,) = operation.inputs
+    amounts: Any
     padding, amounts = window_padding(layer, writer.shape(source)[:2], layer.window)
     image = writer.tensors[source]
     counted = getattr(layer, "count_include_pad", False)

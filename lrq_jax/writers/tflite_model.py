@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -119,7 +119,7 @@ def _conv(layer: L.Conv, operation: Operation, writer: CodesWriter) -> None:
     reach = [d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
     padding, amounts = window_padding(layer, size, reach)
     image = padded(source, layer.name, amounts, writer) if amounts else writer.codes[source]
-    options = {
+    options: dict[str, Any] = {
         "padding": padding,
         **dict(zip(("strideH", "strideW"), layer.strides, strict=True)),
         **dict(zip(("dilationHFactor", "dilationWFactor"), layer.dilation, strict=True)),
@@ -267,7 +267,7 @@ def _add(layer: L.Add, operation: Operation, writer: CodesWriter) -> None:
     """int8 if that gives our codes, else float under constants that do; both proved."""
     output, name = operation.output, layer.name
     a, b = (
-        QuantizedTensor(None, AffineParameters(*map(jnp.float32, writer.parameters(tensor))),
+        QuantizedTensor(cast(Any, None), AffineParameters(*map(jnp.float32, writer.parameters(tensor))),
                         writer.bits(tensor))
         for tensor in layer.inputs
     )  # fmt: skip
@@ -283,7 +283,8 @@ def _add(layer: L.Add, operation: Operation, writer: CodesWriter) -> None:
             lambda codes, activation: writer.node("ADD", inputs, codes, activation=activation),
         )
         return
-    found = sum_constants(addition, tuple(map(writer.unit, layer.inputs)))
+    first, second = map(writer.unit, layer.inputs)
+    found = sum_constants(addition, (first, second))
     if found is None:
         raise ValueError(
             f"layer {name!r}: found no constants with which float operators add codes as we do, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def window_sum(layer: L.AvgPool, source: str, shape: Sequence[int], writer: Code
         size = [n + sum(pair) for n, pair in zip(size, layer.padding, strict=True)]
         amounts = writer.integers(f"{name}.amounts", [(0, 0), *layer.padding, (0, 0)])
         image = writer.floats("PAD", [image, amounts], f"{name}.padded", (*size, channels))
-    total = None
+    total: Any = None
     for tap in itertools.product(*map(range, layer.window)):
         at = f"{name}.{tap[0]}.{tap[1]}"
         ends = [

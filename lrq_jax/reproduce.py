@@ -1,0 +1,44 @@
+"""The command that repeats a run, from its settings alone."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from lrq_jax.config import RunSettings, get_config, resolve
+
+PLACES = {"teacher_path": "teacher.path", "data_name": "data.name", "data_path": "data.path",
+           "data_split": "data.split",
+          "train_path": "data.train_path", "train_images": "data.train_images", "pool_path": "data.pool_path", "preset": "method.preset"}  # fmt: skip
+"""Field of RunSettings -> its name in a config, where they differ."""
+
+
+def command(settings: RunSettings, *, image_size: int) -> str:
+    """A line for a shell: every field that differs from what runs without `--config`.
+
+    Args:
+      settings: of the run.
+      image_size: side of the teacher's images, pixels; picks the preset's column.
+    """
+    config = get_config()
+    config.method.preset = settings.preset
+    base = resolve(config, image_size=image_size)
+    flags = [f"--config.method.preset={settings.preset}"] * (settings.preset != "lrq")
+    for name, value in vars(settings).items():
+        if name not in ("student", "method", "preset") and value != getattr(base, name):
+            flags.append(_flag(PLACES.get(name, name), value))
+    for group in ("student", "method"):
+        ours, default = vars(getattr(settings, group)), vars(getattr(base, group))
+        for name, value in ours.items():
+            if value != default[name]:
+                flags.append(_flag(_field(group, name), value))
+    return shlex.join(["python", "-m", "lrq_jax.main", *flags])
+
+
+def _field(group: str, name: str) -> str:
+    """A method's steps stand at the top of a config."""
+    return name if group == "method" and name == "steps" else f"{group}.{name}"
+
+
+def _flag(name: str, value: Any) -> str:
+    return f"--config.{name}={value}"
