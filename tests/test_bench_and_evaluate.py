@@ -11,9 +11,11 @@ from lrq_jax import bench, evaluate, export
 from lrq_jax.data import EvalData, load_data
 from lrq_jax.data.pixels import encode_png, normalise
 from lrq_jax.passes import float_logits
+from lrq_jax.runtimes.litert import LiteRTRunner
 from lrq_jax.runtimes.onnx_runtime import OnnxRunner
 from lrq_jax.writers.codes import student_codes
 from lrq_jax.writers.onnx_float import onnx_float_twin
+from lrq_jax.writers.tflite_float import tflite_float_twin
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -51,6 +53,34 @@ def test_the_float_twin_is_the_float_network(build):
     assert not any(kind.startswith(("Quant", "QLinear", "Dequant")) for kind in runner.census())
 
 
+@pytest.mark.parametrize("build", GRAPHS, ids=lambda build: build.__name__)
+def test_the_float_twin_of_litert_is_that_of_onnx(build, tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    student, variables, _ = calibrated(build, 8)
+    codes = student_codes(student, variables)
+    (tmp_path / "twin.tflite").write_bytes(tflite_float_twin(student, codes))
+    images = np.asarray(random_images(5))
+    expected = OnnxRunner(onnx_float_twin(student, codes).SerializeToString()).logits(images)
+    found = LiteRTRunner(tmp_path / "twin.tflite", batch=len(images)).logits(images)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_bench_times_litert_too(exported, tmp_path, monkeypatch):
+    pytest.importorskip("ai_edge_litert")
+    monkeypatch.setattr(bench, "SECONDS", 0.01)
+    export.export_student(exported, tmp_path / "out", targets=("litert",), input_kind="uint8")
+    result = bench.bench(tmp_path / "out", batches=(2,))
+    (row,) = result["timings"]
+    assert (row["runtime"], row["batch"]) == ("litert", 2)
+    assert result["census"] == {}
+    sizes = result["bytes"]["model.tflite"]
+    assert sizes["integer"] == (tmp_path / "out" / "model.tflite").stat().st_size
+    assert sizes["float32"] > 0
+    assert "as integers" not in bench.table(result)
+    with pytest.raises(FileNotFoundError, match=r"runtime onnxruntime: found no model\.onnx"):
+        bench.bench(tmp_path / "out", runtimes=("onnxruntime",))
+
+
 def test_bench_times_both_and_counts_what_runs(exported, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SECONDS", 0.01)
     out = tmp_path / "bench.json"
@@ -63,7 +93,7 @@ def test_bench_times_both_and_counts_what_runs(exported, tmp_path, monkeypatch, 
             assert 0 < low <= median <= high
     assert result["float_layers"] == 0
     assert result["integer_layers"] == 7
-    assert result["bytes"]["integer"] == (exported / "model.onnx").stat().st_size
+    assert result["bytes"]["model.onnx"]["integer"] == (exported / "model.onnx").stat().st_size
     said = capsys.readouterr().out
     assert "run as integers: 7, as floats: 0" in said
 
