@@ -225,11 +225,11 @@ def test_colours_are_for_terminals_only(monkeypatch):
 # --- the command that repeats a run --------------------------------------------------------------
 
 
-def parsed(line):
-    """The config that the main command makes of a line."""
+def parsed(line, config=None):
+    """The config that the main command makes of a line, from the default or another one."""
     values, argv = flags.FlagValues(), shlex.split(line)[2:]
     config = config_flags.DEFINE_config_dict(
-        "config", get_config(), flag_values=values, sys_argv=argv
+        "config", config or get_config(), flag_values=values, sys_argv=argv
     )
     values(argv)
     return config.value
