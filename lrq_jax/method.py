@@ -171,6 +171,11 @@ class Method:
                     f"method.{name}: found {getattr(self, name)!r}, expected steps: whole numbers "
                     "of at least 0"
                 )
+        if self.bias_correction and self.rounding == "adaround":
+            raise ValueError(
+                "method.bias_correction: found True with rounding='adaround', expected False: "
+                "reconstruction matches the float network, mean included"
+            )
         if self.calibration_start + self.calibration_steps > self.warmup_steps:
             raise ValueError(
                 f"method: found calibration until step {self.calibration_start} + "

@@ -133,6 +133,11 @@ def test_an_unknown_rounding_is_refused_with_the_known_ones():
         Method(rounding="up")
 
 
+def test_bias_correction_of_what_is_not_yet_rounded_is_refused():
+    with pytest.raises(ValueError, match=r"bias_correction: found True with rounding='adaround'"):
+        Method(bias_correction=True, rounding="adaround")
+
+
 def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'LRQ', expected one of .*'gdfq', 'lrq', 'lrq_released'"):
         preset("LRQ", image_size=32)

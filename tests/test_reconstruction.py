@@ -103,6 +103,7 @@ METHOD = Method(
     reconstruction_batch_size=16,
     reconstruction_learning_rate=0.03,
     reconstruction_step_rate=1e-3,
+    reconstruction_regularizer=1e-3,
 )
 
 
@@ -155,7 +156,8 @@ def test_a_rebuilt_student_ships_what_it_trained_with(rebuilt):
 
 
 def test_the_loss_is_the_mean_over_pixels_of_the_error_and_of_choices_not_made(rebuilt):
-    """Without drops, and at the float weights: only activation quantization is left."""
+    """All left unquantized but the weights, which start where they are but for those few that the
+    range clips."""
     student, before, _, x = rebuilt
     block = blocks_of(student)[0]
     method = dataclasses.replace(METHOD, reconstruction_drop=1.0)
@@ -170,10 +172,10 @@ def test_the_loss_is_the_mean_over_pixels_of_the_error_and_of_choices_not_made(r
     )  # fmt: skip
     channels = target.shape[-1]
     early, metrics = loss(jnp.int32(0))
-    np.testing.assert_allclose(early, channels * 0.25, rtol=1e-3)
+    np.testing.assert_allclose(early, channels * 0.25, rtol=0.01)
     late, metrics = loss(jnp.int32(59))
     np.testing.assert_allclose(
-        late, channels * 0.25 + 0.01 * metrics["reconstruction/undecided"], rtol=1e-3
+        late, channels * 0.25 + 1e-3 * metrics["reconstruction/undecided"], rtol=0.01
     )
     assert metrics["reconstruction/undecided"] > 1
 
