@@ -99,10 +99,10 @@ def test_residual_blocks_are_cut_where_everything_passes_one_tensor():
 
 METHOD = Method(
     rounding="adaround",
-    reconstruction_iterations=60,
+    reconstruction_iterations=200,
     reconstruction_batch_size=16,
     reconstruction_learning_rate=0.03,
-    reconstruction_step_rate=1e-3,
+    reconstruction_step_rate=1e-2,
     reconstruction_regularizer=1e-3,
 )
 
