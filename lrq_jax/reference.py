@@ -13,6 +13,7 @@ from lrq_jax.networks import list_networks
 from lrq_jax.passes import QuantSpec
 from lrq_jax.presets import PRESETS
 from lrq_jax.reproduce import PLACES
+from lrq_jax.resources import Resources
 
 FORMATS = (
     (".pt, .pth, .th", "PyTorch state dicts and checkpoints"),
@@ -65,7 +66,10 @@ def _meanings() -> dict[str, str]:
     top = {PLACES.get(name, name): text for name, text in _attributes(RunSettings).items()}
     method = {f"method.{name}": text for name, text in _comments(Method).items()}
     method["steps"] = method.pop("method.steps")
-    return {**top, **student, **method}
+    distributed = "this is one of several processes that train together; see `lrq_jax.processes`"
+    return {
+        **top, **student, **method, **_attributes(Resources), "distributed": distributed
+    }  # fmt: skip
 
 
 def _attributes(described: type) -> dict[str, str]:

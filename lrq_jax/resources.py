@@ -29,7 +29,7 @@ class Resources:
     """How a step is computed; results are the same up to rounding (`precision` apart).
 
     Attributes:
-      precision: a name in `PRECISIONS`.
+      precision: `float32`; `tf32`; or `bfloat16` images, teacher and generator. See `PRECISIONS`.
       micro_batches: parts the student's batch is cut into, one after another, their gradients
         added up. The generator's batch stays whole: its norms and the statistics it is trained on
         are those of the batch.
