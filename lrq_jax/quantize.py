@@ -223,10 +223,9 @@ def quantize(job: Job) -> dict[str, Any]:
     run.write_arrays(measured.arrays)
     timings = {**loop.timings, "evaluation and export": time.monotonic() - clock}
     warnings = warnings or _warn(job, accuracy["teacher"] if accuracy else None)
-    report = {**_report(job, accuracy, timings), "warnings": warnings, **measured.facts}
-    run.write_report(report)
+    run.write_report({**_report(job, accuracy, timings), "warnings": warnings, **measured.facts})
     write_page(run.path, job.teacher.preprocessing)
-    return report
+    return run.report or {}  # as a second call reads it: tuples are lists in JSON
 
 
 def _measure(job: Job, previews: list[Any], variables: Any, codes: dict[str, Any]) -> Measured:
