@@ -1,9 +1,9 @@
-"""No training at all (preset `squant`): seconds instead of minutes, for any teacher.
+"""No training at all (preset `squant`), for any teacher.
 
 Command:   python -m lrq_jax.main --config=configs/squant.py --workdir=runs/squant \\
              --config.teacher.path=teachers/r20_cifar10 --config.data.path=DIR_OF_TEST_IMAGES
-Time:      seconds for ResNet-20 at 32 px, after compilation
-Expected:  see results/ingredients.jsonl
+Time:      mostly compilation and evaluation; not measured on a free machine
+Expected:  90.05 % top-1 on CIFAR-10 (ResNet-20, W4A4, seed 0) against the teacher's 91.73 %
 """
 
 from ml_collections import ConfigDict

@@ -176,6 +176,11 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
             f"{method.images!r}, expected a folder of real images with method.images='folder', "
             "and with it alone"
         )
+    if config.data.pool_path and not method.makes_pool:
+        raise ValueError(
+            f"data.pool_path: found {config.data.pool_path!r} with method.images="
+            f"{method.images!r}, expected a method that makes noise images; leave it empty"
+        )
     resources = Resources(
         **{field.name: config[field.name] for field in dataclasses.fields(Resources)}
     )

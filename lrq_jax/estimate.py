@@ -12,7 +12,8 @@ import numpy as np
 from lrq_jax.quantize import Job
 from lrq_jax.training import steps
 from lrq_jax.training.compilation import compile_step, put_replicated, steps_per_dispatch
-from lrq_jax.training.loop import phases
+from lrq_jax.training.loop import dispatches, phases
+from lrq_jax.training.reconstruction import reconstructed
 
 _CALLS = 3
 LONG_STEPS = 5_000
@@ -47,13 +48,16 @@ class PhaseEstimate:
 def estimate(job: Job) -> tuple[PhaseEstimate, ...]:
     """Compiles each phase's step and runs it three times; nothing is written.
 
-    Phases that train on noise images are timed on a pool of zeros: making the pool is not counted.
+    Phases that train on noise images are timed on a pool of zeros. Making the pool and learning the
+    rounding of weights on it are not counted.
     """
     spec, mesh = job.spec, job.spec.mesh
     assert mesh is not None  # `prepare` makes one
     variables = put_replicated(job.teacher.variables, mesh)
     found = []
     for phase in phases(spec):
+        if phase.step is reconstructed:
+            continue
         state = put_replicated(steps.initial_state(spec, variables, job.settings.seed), mesh)
         arguments = (variables,)
         if phase.step in (steps.pool_step, steps.pool_calibration_step):
@@ -62,9 +66,8 @@ def estimate(job: Job) -> tuple[PhaseEstimate, ...]:
                 count = job.settings.train_images
             images = np.zeros((count, *job.teacher.graph.input_shape), np.float32)
             arguments += put_replicated((images, np.zeros(count, np.int32)), mesh)
-        per_call = min(
-            steps_per_dispatch(job.settings.steps_per_dispatch, mesh), phase.stop - phase.start
-        )
+        most = steps_per_dispatch(job.settings.steps_per_dispatch, mesh)
+        per_call = dispatches(phase, phase.start, most)[0]
         clock = time.monotonic()
         program = compile_step(phase.step, state, *arguments, mesh=mesh, count=per_call, spec=spec)
         compiled = time.monotonic() - clock
@@ -110,7 +113,13 @@ def describe(found: tuple[PhaseEstimate, ...]) -> str:
     total = duration(sum(phase.seconds for phase in found))
     known = [phase.bytes for phase in found if phase.bytes is not None]
     memory = f", {max(known) / 2**20:,.0f} MiB a device at most" if known else ""
-    return "\n".join([*lines, f"in all about {total}{memory}; evaluation comes on top"])
+    return "\n".join(
+        [
+            *lines,
+            f"in all about {total}{memory}; evaluation, noise images and "
+            "learned rounding come on top",
+        ]
+    )
 
 
 def duration(seconds: float) -> str:

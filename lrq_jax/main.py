@@ -18,7 +18,7 @@ Starting again on the same --workdir resumes. A finished run holds report.html a
 then: python -m lrq_jax.export, verify, bench, evaluate, report, compare (each knows --help).
 
 Exit codes: 0 finished; 1 a fault of this program; 2 nothing was started, the input cannot be used;
-3 a loss stopped being finite.
+3 a loss stopped being finite; 4 another process of a distributed job was lost.
 """
 
 from __future__ import annotations

@@ -188,6 +188,12 @@ class Method:
         """Whether any step needs the generator."""
         return "generator" in (self.images, self.calibration_images)
 
+    @property
+    def makes_pool(self) -> bool:
+        """Whether any step needs a pool of images optimised from noise."""
+        used = self.calibration_images == "pool" or self.rounding == "adaround"
+        return self.images == "noise" or (self.images == "generator" and used)
+
     def _check(self, name: str, *, minimum: float, maximum: float = math.inf) -> None:
         value = getattr(self, name)
         if not minimum <= value <= maximum or value == math.inf:  # also refuses NaN

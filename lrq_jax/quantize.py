@@ -24,12 +24,13 @@ from lrq_jax.processes import is_first, wait_for_all
 from lrq_jax.readers.teacher import Teacher, teacher_hash
 from lrq_jax.report import Measured, measure, write_page
 from lrq_jax.reproduce import command
-from lrq_jax.run_directory import RunDirectory
+from lrq_jax.run_directory import PAGE, RunDirectory
 from lrq_jax.sharding import data_mesh, local_mesh
 from lrq_jax.synthesis.generator import GeneratorSpec
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.loop import TrainingLoop
 from lrq_jax.training.noise_pool import check_pool
+from lrq_jax.training.real_pool import training_data
 from lrq_jax.training.steps import StepSpec, final_student
 from lrq_jax.writers.codes import frozen_from_codes, load_student, save_student
 
@@ -75,7 +76,7 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh |
             )
     devices = 1 if mesh is None else mesh.devices.size
     parts = {"batch_size": devices * settings.resources.micro_batches}
-    if method.images == "noise":
+    if method.makes_pool:
         parts["noise_batch_size"] = devices
     for name, count in parts.items():
         if getattr(method, name) % count:
@@ -165,6 +166,8 @@ def prepare(teacher: Teacher, settings: RunSettings, data: EvalData | None, work
     if data is not None:
         check_data(data, teacher)
     config = {**settings.to_dict(), "teacher_sha256": teacher_hash(teacher)}
+    if settings.method.images == "folder":
+        check_data(training_data(settings.train_path, count=settings.train_images), teacher)
     if settings.pool_path:
         check_pool(settings.pool_path, config)
     run = RunDirectory(workdir, config, writes=is_first())
@@ -194,6 +197,8 @@ def quantize(job: Job) -> dict[str, Any]:
     spec, settings, run = job.spec, job.settings, job.run
     if run.report is not None:
         say(f"{run.path}: finished already; its report:")
+        if is_first() and not (run.path / PAGE).exists():  # killed before it was written
+            write_page(run.path, job.teacher.preprocessing)
         return run.report
     jax.config.update("jax_default_matmul_precision", "highest")
     warnings = _check_teacher(job)

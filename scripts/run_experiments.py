@@ -136,12 +136,12 @@ def main() -> None:
     lock = threading.Lock()
 
     def run(cell: str) -> None:
-        workdir = arguments.runs / name / cell.replace(" ", "_").replace(",", "")
+        workdir = arguments.runs / name / _workdir_name(cell)
         flags = [f"--config={config}", *cells[cell]]
         files = list(inputs)
         if REAL[0] in flags:
             files.append(f"--config.data.train_path={Path(arguments.train_data).resolve()}")
-        elif pool := _pool_of(workdir, flags):
+        elif pool := _pool_of(cell, cells, workdir):
             files.append(f"--config.data.pool_path={pool}")
         share = shares.get()
         try:
@@ -171,17 +171,27 @@ def main() -> None:
             future.result()
 
 
-def _pool_of(workdir: Path, flags: list[str]) -> Path | None:
-    """A finished run of the same suite and seed whose noise images this run can take; the one it
-    took before, if it is a second start."""
+def _workdir_name(cell: str) -> str:
+    return cell.replace(" ", "_").replace(",", "")
+
+
+def _pool_of(cell: str, cells: dict[str, list[str]], workdir: Path) -> Path | None:
+    """A finished run of the suite with noise images that this cell can take: its flags differ in
+    the student's alone. The one it took before, if it is a second start."""
     own = workdir / "config.json"
     if own.exists():
         return json.loads(own.read_text())["pool_path"] or None
-    seed = next((int(flag.rpartition("=")[2]) for flag in flags if "config.seed=" in flag), 0)
-    for report in sorted(workdir.parent.glob("*/report.json")):
-        settings = json.loads(report.read_text())["settings"]
-        if (report.parent / "pool").exists() and settings["seed"] == seed:
-            return report.parent
+
+    def recipe(flags: list[str]) -> set[str]:
+        return {flag for flag in flags if not flag.startswith("--config.student.")} - {
+            "--config.seed=0"
+        }
+
+    for other, flags in cells.items():
+        run = workdir.parent / _workdir_name(other)
+        made = (run / "report.json").exists() and (run / "pool").exists()
+        if made and recipe(flags) == recipe(cells[cell]):
+            return run
     return None
 
 

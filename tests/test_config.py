@@ -356,6 +356,7 @@ def test_settings_carry_every_other_field_and_hash():
         ("method.noise_smallest_rate", 0.0),
         ("method.noise_bns_weight", math.nan),
         ("data.train_path", "somewhere"),
+        ("data.pool_path", "somewhere"),
         ("data.train_images", 0),
         ("method.rounding", "up"),
         ("method.reconstruction_iterations", 0),

@@ -107,7 +107,7 @@ def test_flags_of_the_converter_exist(line):
     import runpy
 
     parser = runpy.run_path(str(REPOSITORY / "scripts" / "convert_teacher.py"))["_parser"]()
-    parser.parse_args(shlex.split(line)[2:])
+    assert parser.parse_args(shlex.split(line)[2:]).source
 
 
 @pytest.fixture(scope="module")

@@ -163,6 +163,39 @@ def test_an_interrupted_pool_is_finished_with_the_same_images(teacher, tmp_path,
     assert not np.array_equal(whole.images, other.images)
 
 
+@pytest.mark.parametrize("most", [1, 4, 5, 50])
+def test_a_resumed_phase_makes_the_calls_that_were_left(most):
+    phase = loop.Phase(name="training", step=None, start=7, stop=7 + 18)
+    whole, done = loop.dispatches(phase, 7, most), 7
+    assert sum(whole) == 18
+    assert max(whole) == min(most, 18)
+    for number, count in enumerate(whole):
+        assert loop.dispatches(phase, done, most) == whole[number:]
+        done += count
+    assert loop.dispatches(phase, done, most) == []
+
+
+def test_without_a_generator_there_is_none_to_warm_up(teacher):
+    settings = tiny_settings(images="noise", calibration_images="pool", warmup_steps=9)
+    found = loop.phases(step_spec(teacher, settings, None))
+    assert [(p.name, p.start, p.stop) for p in found] == [("calibration", 0, 1), ("training", 1, 4)]
+    warmed = loop.phases(step_spec(teacher, tiny_settings(warmup_steps=9), None))
+    assert [(p.name, p.start, p.stop) for p in warmed] == [
+        ("warm-up", 0, 1), ("calibration", 1, 2), ("warm-up", 2, 9), ("training", 9, 12),
+    ]  # fmt: skip
+
+
+def test_a_report_shows_the_images_the_student_trained_on(teacher, tmp_path):
+    settings = tiny_settings(images="noise")  # a generator too, for the ranges
+    job = prepare(teacher, settings, None, tmp_path / "run")
+    training = TrainingLoop(job.spec, teacher, settings, job.run)
+    images, labels = training.preview(state=None)
+    pool = training.pool()
+    places = [int(np.argmax([np.array_equal(x, y) for y in pool.images])) for x in images]
+    np.testing.assert_array_equal(images, np.asarray(pool.images)[places])
+    np.testing.assert_array_equal(labels, np.asarray(pool.labels)[places])
+
+
 def test_a_pool_is_used_again_by_a_student_of_other_bits(teacher, tmp_path):
     settings = tiny_settings(images="noise")
     first = prepare(teacher, settings, None, tmp_path / "first")
@@ -184,6 +217,12 @@ def test_a_pool_is_used_again_by_a_student_of_other_bits(teacher, tmp_path):
     method = dataclasses.replace(settings.method, noise_iterations=4)
     with pytest.raises(ValueError, match=r"method\.noise_iterations: 3 -> 4"):
         start_again("other images", dataclasses.replace(settings, method=method))
+    method = dataclasses.replace(settings.method, class_focus=2.0)
+    with pytest.raises(ValueError, match=r"method\.class_focus: 0\.0 -> 2\.0"):
+        start_again("other losses", dataclasses.replace(settings, method=method))
+    resources = dataclasses.replace(settings.resources, precision="bfloat16")
+    with pytest.raises(ValueError, match=r"precision: 'float32' -> 'bfloat16'"):
+        start_again("other precision", dataclasses.replace(settings, resources=resources))
     (tmp_path / "first" / "pool" / "batch_001.npz").unlink()
     with pytest.raises(ValueError, match=r"found no batch_001\.npz .*expected a finished pool"):
         start_again("third", settings)

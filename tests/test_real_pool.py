@@ -54,6 +54,24 @@ def test_more_images_than_there_are_is_refused(folder):
         read_pool(folder, TEACHER.preprocessing, count=13, seed=0, mesh=data_mesh(1))
 
 
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"train_path": "nowhere"}, OSError, "nowhere"),
+        ({"train_images": 13}, ValueError, "data.train_images: found 13, expected at most the 12"),
+    ],
+)
+def test_real_images_are_looked_at_before_anything_is_written(folder, tmp_path, changed, error, message):  # fmt: skip
+    settings = tiny_settings(calibration_images="pool")
+    method = dataclasses.replace(settings.method, images="folder")
+    settings = dataclasses.replace(
+        settings, method=method, **{"train_path": folder, "train_images": 12, **changed}
+    )
+    with pytest.raises(error, match=message):
+        prepare(TEACHER, settings, None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_on_real_images_says_that_it_is_not_zero_shot(folder, tmp_path):
     settings = tiny_settings(calibration_images="pool", steps=2)
     method = dataclasses.replace(settings.method, images="folder")
@@ -62,4 +80,7 @@ def test_a_run_on_real_images_says_that_it_is_not_zero_shot(folder, tmp_path):
     assert report["zero_shot"] is False
     assert "NOT zero-shot: trained on 12 real images" in summary(report)
     assert not (tmp_path / "run" / "pool").exists()
+    (tmp_path / "run" / "report.html").unlink()  # as if killed before it was written
+    quantize(prepare(TEACHER, settings, None, tmp_path / "run"))
+    assert (tmp_path / "run" / "report.html").exists()
     assert "zero-shot" not in summary({**report, "zero_shot": True})

@@ -116,4 +116,5 @@ def test_centred_codes_are_exact_in_every_type_products_are_computed_in():
 @pytest.mark.parametrize("precision", sorted(PRECISIONS))
 def test_jax_knows_the_precisions(precision):
     with jax.default_matmul_precision(Resources(precision=precision).matmul_precision):
-        jnp.dot(jnp.ones((2, 2)), jnp.ones((2, 2)))
+        product = jnp.dot(jnp.ones((2, 2)), jnp.ones((2, 2)))
+    np.testing.assert_array_equal(product, 2)  # a name jax does not know raises above

@@ -130,6 +130,13 @@ def test_an_estimate_measures_every_phase_and_writes_nothing(tmp_path, monkeypat
     assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
 
 
+def test_an_estimate_leaves_learned_rounding_out(tmp_path):
+    settings = tiny_settings(rounding="adaround", steps=0, warmup_steps=1, calibration_start=0)
+    assert [
+        phase.name for phase in estimate(prepare(tiny_teacher(), settings, None, tmp_path))
+    ] == ["calibration"]
+
+
 def test_an_estimate_sums_up():
     phases = (
         PhaseEstimate(name="warm-up", steps=10, seconds_per_step=1.0, compile_seconds=5, bytes=2**21),

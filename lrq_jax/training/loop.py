@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,25 @@ class Phase:
 def phases(spec: StepSpec) -> tuple[Phase, ...]:
     """The phases of a method, in order; empty ones left out.
 
-    The warm-up (with the calibration of activation ranges inside it), the reconstruction of the
-    student's blocks, which counts as one step, then the student's training.
+    The warm-up (with the calibration of activation ranges inside it; all there is of it without a
+    generator to warm up), the reconstruction of the student's blocks, which counts as one step,
+    then the student's training.
     """
     method = spec.method
-    begin, end = method.calibration_start, method.calibration_start + method.calibration_steps
+    begin, warm = method.calibration_start, method.warmup_steps
+    if not method.trains_generator:
+        begin, warm = 0, method.calibration_steps
+    end = begin + method.calibration_steps
     student = steps.joint_step if method.images == "generator" else steps.pool_step
     calibration: Callable[..., Any] = steps.calibration_step
     if method.calibration_images == "pool":
         calibration = steps.pool_calibration_step
-    rebuilt = method.warmup_steps + int(method.rounding == "adaround")
+    rebuilt = warm + int(method.rounding == "adaround")
     plan = (
         Phase(name="warm-up", step=steps.warmup_step, start=0, stop=begin),
         Phase(name="calibration", step=calibration, start=begin, stop=end),
-        Phase(name="warm-up", step=steps.warmup_step, start=end, stop=method.warmup_steps),
-        Phase(name="reconstruction", step=reconstructed, start=method.warmup_steps, stop=rebuilt),
+        Phase(name="warm-up", step=steps.warmup_step, start=end, stop=warm),
+        Phase(name="reconstruction", step=reconstructed, start=warm, stop=rebuilt),
         Phase(name="training", step=student, start=rebuilt, stop=rebuilt + method.steps),
     )
     return tuple(phase for phase in plan if phase.stop > phase.start)
@@ -120,28 +125,22 @@ class TrainingLoop:
             return state
         arguments: tuple[Any, ...] = (self._variables,)
         if phase.step in (steps.pool_step, steps.pool_calibration_step):
-            try:
+            with _naming_last_good(checkpoints, self._run):
                 arguments += self.pool()
-            except TrainingDiverged as error:
-                raise TrainingDiverged(f"{error}; {_last_good(checkpoints, self._run)}") from error
         done = start
-        per_call = min(
-            steps_per_dispatch(self._settings.steps_per_dispatch, self._spec.mesh),
-            phase.stop - start,
-        )
-        program = self._compile(phase, state, arguments, per_call)
-        single: Any = program if per_call == 1 else None
+        most = steps_per_dispatch(self._settings.steps_per_dispatch, self._spec.mesh)
+        counts = dispatches(phase, start, most)
+        programs = {
+            count: self._compile(phase, state, arguments, count) for count in dict.fromkeys(counts)
+        }
         pending: list[dict[str, jax.Array]] = []
         clock = time.monotonic()
         with Progress(
             phase.name, start=start - phase.start, stop=phase.stop - phase.start
         ) as progress:
-            while done < phase.stop:
-                if done + per_call > phase.stop and single is None:  # a rest: one step at a time
-                    single = self._compile(phase, state, arguments, 1)
-                call, count = (program, per_call) if done + per_call <= phase.stop else (single, 1)
+            for count in counts:
                 with jax.transfer_guard("disallow"):
-                    state, metrics = call(state, *arguments)
+                    state, metrics = programs[count](state, *arguments)
                 pending.append(metrics)
                 before, done = done, done + count
                 due = _due(before, done, phase.stop)
@@ -161,12 +160,14 @@ class TrainingLoop:
         """The phase of one step that learns the student's rounding on the pool."""
         if int(state.step) >= phase.stop:
             return state
-        pool, clock = self.pool(), time.monotonic()
         # Of the seed alone, as the pool: a run stopped in here starts this phase again.
         key = jax.random.fold_in(jax.random.key(self._settings.seed), _REBUILD_STREAM)
-        student = reconstructed(
-            self._spec.student, state.student, pool.images, self._spec.method, key
-        )
+        with _naming_last_good(checkpoints, self._run):
+            pool, clock = self.pool(), time.monotonic()
+            say(f"{phase.name}: compiling a step for each block as it comes ...")
+            student = reconstructed(
+                self._spec.student, state.student, pool.images, self._spec.method, key
+            )
         state = state._replace(step=state.step + 1, student=student)
         state = put_replicated(jax.device_get(state), self._spec.mesh)
         self._add_time(phase.name, clock)
@@ -252,12 +253,15 @@ class TrainingLoop:
 
     def preview(self, state: TrainState, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """40 images `[40, H, W, C]` (normalised) that the student is trained on, and their classes:
-        the generator's as it is, classes in order; without a generator, some of the pool."""
+        the generator's as it is, classes in order, or some of the pool."""
+        if self._spec.method.images == "generator":
+            return self._generated(state, seed)
+        pool, count = self.pool(), len(self.pool().labels)
+        chosen = (np.linspace(0, count - 1, _GRID_IMAGES).astype(int) + seed) % count
+        return np.asarray(pool.images)[chosen], np.asarray(pool.labels)[chosen]
+
+    def _generated(self, state: TrainState, seed: int) -> tuple[np.ndarray, np.ndarray]:
         spec = self._spec
-        if not spec.method.trains_generator:
-            pool, count = self.pool(), len(self.pool().labels)
-            chosen = (np.linspace(0, count - 1, _GRID_IMAGES).astype(int) + seed) % count
-            return np.asarray(pool.images)[chosen], np.asarray(pool.labels)[chosen]
         labels = np.arange(_GRID_IMAGES) * max(1, spec.generator.num_classes // _GRID_IMAGES)
         labels = labels % spec.generator.num_classes
         noise = jax.random.normal(jax.random.key(seed), (_GRID_IMAGES, spec.generator.latent_dim))
@@ -269,7 +273,7 @@ class TrainingLoop:
         """A grid of what the generator makes now, classes in order; nothing if it is not used."""
         if not self._spec.method.trains_generator:
             return
-        images, labels = self.preview(state)
+        images, labels = self._generated(state, seed=0)
         self._run.write_images(
             f"step_{int(state.step):06d}",
             images,
@@ -291,6 +295,23 @@ _generate = jax.jit(generate, static_argnums=0)
 def _due(before: int, done: int, stop: int) -> Callable[[int], bool]:
     """Whether a multiple of an interval was passed, or the phase has ended."""
     return lambda every: done // every > before // every or done >= stop
+
+
+def dispatches(phase: Phase, start: int, most: int) -> list[int]:
+    """How many steps each program call of a phase runs, from step `start` on: `most`, and one at a
+    time for the rest. A resumed phase gets the very calls that the undisturbed one has left."""
+    most = min(most, phase.stop - phase.start)
+    whole, rest = divmod(phase.stop - start, most)
+    return [most] * whole + [1] * rest
+
+
+@contextlib.contextmanager
+def _naming_last_good(checkpoints: TrainingCheckpoints, run: RunDirectory) -> Iterator[None]:
+    """What diverges in here also names the last good checkpoint."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        raise TrainingDiverged(f"{error}; {_last_good(checkpoints, run)}") from error
 
 
 def _last_good(checkpoints: TrainingCheckpoints, run: RunDirectory) -> str:

@@ -25,6 +25,9 @@ from lrq_jax.training.steps import StepSpec
 _POOL_STREAM = 1
 """Folded into the run's seed, so that pool and training draw different numbers."""
 _REPORT_EVERY = 20
+_WAY_OUT = (
+    "finished batches are kept; lower method.noise_learning_rate and start with another --workdir"
+)
 
 
 class Pool(NamedTuple):
@@ -73,11 +76,16 @@ def check_pool(path: str, config: dict[str, Any]) -> None:
 
 def _recipe(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that a pool's images depend on."""
-    method = {k: v for k, v in config["method"].items() if k.startswith(("noise_", "ama_"))}
+    method = {
+        name: value
+        for name, value in config["method"].items()
+        if name.startswith(("noise_", "ama_")) or name in ("adam_epsilon", "class_focus")
+    }
     return {
         "teacher_sha256": config["teacher_sha256"],
         "seed": config["seed"],
-        "method": {"adam_epsilon": config["method"]["adam_epsilon"], **method},
+        "precision": config["resources"]["precision"],
+        "method": method,
     }
 
 
@@ -116,6 +124,11 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
                 program = compile_step(noise_steps.noise_step, state, teacher, mesh=mesh, spec=spec)
             state = _optimise(program, state, teacher, number, spec)
             finished = jax.device_get((state.labels, *finish(state, teacher, spec=spec)))
+            if not np.isfinite(finished[1]).all():  # losses are those before the last update
+                raise TrainingDiverged(
+                    f"image synthesis, batch {number + 1}: images are not finite after the last "
+                    f"iteration; {_WAY_OUT}"
+                )
             if is_first():
                 _save(path, *finished)
             wait_for_all(str(path))
@@ -149,8 +162,7 @@ def _checked(name: str, done: int, pending: list[dict[str, jax.Array]]) -> dict[
         if not all(np.isfinite(v) for v in values.values()):
             raise TrainingDiverged(
                 f"{name}: a loss is not finite at iteration {done - len(found) + offset}: "
-                f"{values}; finished batches are kept; lower method.noise_learning_rate and "
-                "start with another --workdir"
+                f"{values}; {_WAY_OUT}"
             )
     return found[-1]
 

@@ -5,9 +5,24 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from lrq_jax.data import Preprocessing, load_data, preprocess
+from lrq_jax.data import EvalData, Preprocessing, load_data, preprocess
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.noise_pool import Pool
+
+
+def training_data(path: str, *, count: int) -> EvalData:
+    """The labelled images of a folder (see `lrq_jax.data.load_data`), at least `count` of them.
+
+    Raises:
+      ValueError: fewer images.
+    """
+    data = load_data(path=path)
+    if data.num_examples < count:
+        raise ValueError(
+            f"data.train_images: found {count}, expected at most the {data.num_examples} images of "
+            f"{path}"
+        )
+    return data
 
 
 def read_pool(path: str, preprocessing: Preprocessing, *, count: int, seed: int,
@@ -24,12 +39,7 @@ def read_pool(path: str, preprocessing: Preprocessing, *, count: int, seed: int,
     Raises:
       ValueError: fewer than `count` images.
     """
-    data = load_data(path=path)
-    if data.num_examples < count:
-        raise ValueError(
-            f"data.train_images: found {count}, expected at most the {data.num_examples} images of "
-            f"{path}"
-        )
+    data = training_data(path, count=count)
     picked = np.random.default_rng(seed).permutation(data.num_examples)[:count]
     examples = [data.source[int(index)] for index in picked]
     images = np.stack([preprocess(image, preprocessing) for image, _ in examples])

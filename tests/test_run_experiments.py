@@ -1,0 +1,46 @@
+"""Which noise images a cell of an experiment takes over from another."""
+
+import json
+import runpy
+from pathlib import Path
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "run_experiments.py"))
+pool_of = SCRIPT["_pool_of"]
+
+CELLS = {
+    "W4A4 seed 0": ["--config.seed=0"],
+    "W4A4 seed 1": ["--config.seed=1"],
+    "W3A3": ["--config.student.weight_bits=3", "--config.student.act_bits=3"],
+    "more images": ["--config.method.noise_batches=9"],
+}
+
+
+def finish(run, *, pool=True):
+    (run / "pool").mkdir(parents=True) if pool else run.mkdir(parents=True)
+    (run / "report.json").write_text("{}")
+
+
+def test_images_are_shared_by_cells_that_differ_in_the_student_alone(tmp_path):
+    def found(cell):
+        return pool_of(cell, CELLS, tmp_path / cell.replace(" ", "_"))
+
+    assert found("W3A3") is None
+    finish(tmp_path / "more_images")
+    finish(tmp_path / "W4A4_seed_1")
+    assert found("W3A3") is None  # another recipe, another seed
+    finish(tmp_path / "W4A4_seed_0")
+    assert found("W3A3") == tmp_path / "W4A4_seed_0"
+    assert found("more images") == tmp_path / "more_images"
+
+
+def test_a_run_without_a_pool_of_its_own_offers_none(tmp_path):
+    finish(tmp_path / "W4A4_seed_0", pool=False)
+    assert pool_of("W3A3", CELLS, tmp_path / "W3A3") is None
+
+
+def test_a_second_start_takes_what_it_took_before(tmp_path):
+    finish(tmp_path / "W4A4_seed_0")
+    (tmp_path / "W3A3").mkdir()
+    for before in ("", "elsewhere"):
+        (tmp_path / "W3A3" / "config.json").write_text(json.dumps({"pool_path": before}))
+        assert pool_of("W3A3", CELLS, tmp_path / "W3A3") == (before or None)
