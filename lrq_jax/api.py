@@ -168,7 +168,7 @@ def quantize(teacher: Teacher | str | Path, *, config: ConfigDict | str | Path |
       teacher: of `load_teacher`, or what that takes.
       config: a config or a file with `get_config()`; None: `lrq_jax.config.get_config()`, a
         schedule of minutes.
-      preset: `lrq`, `lrq_released` or `gdfq`; this and the next three: None keeps the config's.
+      preset: a name in `lrq_jax.presets.PRESETS`; this and the next three: None keeps the config's.
       weight_bits, act_bits: 2 to 8.
       steps: training steps; 0: calibrate ranges and report.
       data: labelled images, to report accuracy only; a folder, a dataset's name or `load_data`'s.

@@ -13,6 +13,10 @@ PLACES = {"teacher_path": "teacher.path", "data_name": "data.name", "data_path":
 """Field of RunSettings -> its name in a config, where they differ."""
 
 
+_GROUPS = ("student", "method", "resources")
+"""Fields of RunSettings that hold fields of their own."""
+
+
 def command(settings: RunSettings, *, image_size: int) -> str:
     """A line for a shell: every field that differs from what runs without `--config`.
 
@@ -25,9 +29,9 @@ def command(settings: RunSettings, *, image_size: int) -> str:
     base = resolve(config, image_size=image_size)
     flags = [f"--config.method.preset={settings.preset}"] * (settings.preset != "lrq")
     for name, value in vars(settings).items():
-        if name not in ("student", "method", "preset") and value != getattr(base, name):
+        if name not in (*_GROUPS, "preset") and value != getattr(base, name):
             flags.append(_flag(PLACES.get(name, name), value))
-    for group in ("student", "method"):
+    for group in _GROUPS:
         ours, default = vars(getattr(settings, group)), vars(getattr(base, group))
         for name, value in ours.items():
             if value != default[name]:
@@ -36,8 +40,9 @@ def command(settings: RunSettings, *, image_size: int) -> str:
 
 
 def _field(group: str, name: str) -> str:
-    """A method's steps stand at the top of a config."""
-    return name if group == "method" and name == "steps" else f"{group}.{name}"
+    """A method's steps and the resources stand at the top of a config."""
+    at_top = group == "resources" or (group, name) == ("method", "steps")
+    return name if at_top else f"{group}.{name}"
 
 
 def _flag(name: str, value: Any) -> str:

@@ -253,6 +253,7 @@ def changed():
     config.data.name, config.data.path = "", "images"
     config.student.learned_steps = "both"
     config.seed = 3
+    config.precision, config.micro_batches = "bfloat16", 2
     return config
 
 
