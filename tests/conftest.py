@@ -1,5 +1,6 @@
 """Small fixtures shared by the tests, and eight simulated devices for all of them."""
 
+import contextlib
 import os
 
 # Before jax starts: the same programs run on one device and on eight.
@@ -7,8 +8,33 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import jax
 import numpy as np
 import pytest
+
+
+@contextlib.contextmanager
+def compiled_quickly():
+    """XLA compiles two to four times as fast, to slower programs, here and in child processes.
+
+    For tests of which steps are taken and what is written. Those of the integers that ship, and
+    `test_main`, keep what users get: only full optimisation fuses multiplications and additions.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)
+            jax.clear_caches()  # no later test takes such a program
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """`compiled_quickly`, for a module."""
+    with compiled_quickly():
+        yield
 
 
 @pytest.fixture
@@ -88,7 +114,8 @@ def tiny_run(tmp_path_factory):
 
     seen = []
     data = tiny_data()
-    with pytest.MonkeyPatch.context() as patch:  # one device: eight compile for longer
+    # one device: eight compile for longer
+    with compiled_quickly(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("lrq_jax.quantize.data_mesh", lambda: data_mesh(1))
         result = api.quantize(
             tiny_teacher(),

@@ -11,6 +11,8 @@ from lrq_jax import losses
 from lrq_jax.synthesis.low_pass import low_pass
 from lrq_jax.training.inundation import inundated
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_channel_attention_alignment(rng):
     pairs = [rng.standard_normal((2, *s)).astype(np.float32) for s in [(3, 4, 5, 6), (3, 2, 2, 4)]]

@@ -18,6 +18,8 @@ import lrq_jax
 from lrq_jax import api
 from lrq_jax.writers.codes import load_student
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -14,6 +14,8 @@ from lrq_jax.training import steps
 from lrq_jax.training.averaging import initial_average, update_average
 from lrq_jax.writers.codes import load_student
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize("decay", [0.3, 0.9])
 def test_average_against_a_second_version(rng, decay):

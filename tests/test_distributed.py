@@ -18,6 +18,8 @@ from lrq_jax import processes
 from lrq_jax.readers import save_teacher
 from lrq_jax.writers.codes import load_student
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REPOSITORY = Path(__file__).parents[1]
 STEPS, WARMUP = 24, 4
 LOST, REFUSED = 4, 2  # exit codes of lrq_jax.main, whose import reads the command line

@@ -18,6 +18,8 @@ from lrq_jax import api, bench, compare, evaluate, export, verify
 from lrq_jax.config import resolve
 from lrq_jax.report import __main__ as report
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 

@@ -24,6 +24,8 @@ from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.loop import TrainingLoop
 from lrq_jax.writers.codes import load_student
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REPOSITORY = Path(__file__).parents[1]
 TINY_RUN = (
     "--config.steps=40",

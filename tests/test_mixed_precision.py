@@ -12,6 +12,8 @@ from lrq_jax.passes import QuantSpec, Student, float_logits
 from lrq_jax.passes.mixed_precision import allocate, costs, overrides, sensitivities
 from lrq_jax.quantizers.affine import dequantize, quantize_weight, weight_parameters
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def student():

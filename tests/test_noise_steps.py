@@ -15,6 +15,8 @@ from lrq_jax.quantize import step_spec
 from lrq_jax.synthesis.low_pass import low_pass
 from lrq_jax.training import noise_steps, steps
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VARIABLES = jax.tree.map(jnp.asarray, TEACHER.variables)
 CENTERS = losses.initial_centers(10, 8)
 

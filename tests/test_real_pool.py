@@ -13,6 +13,8 @@ from lrq_jax.quantize import prepare, quantize, summary
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training.real_pool import read_pool
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

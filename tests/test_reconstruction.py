@@ -29,6 +29,8 @@ from lrq_jax.training import reconstruction
 from lrq_jax.training.reconstruction import reconstructed
 from lrq_jax.training.steps import StepSpec, initial_state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def student_of(build, **spec):
     graph = build()

@@ -19,6 +19,8 @@ from lrq_jax.report import layer_rows, measure
 from lrq_jax.report.page import lookup, write_page
 from lrq_jax.writers.codes import frozen_from_codes, student_codes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

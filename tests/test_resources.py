@@ -16,10 +16,11 @@ from lrq_jax.sharding import data_mesh
 from lrq_jax.training import steps
 from lrq_jax.training.compilation import put_replicated
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # As in test_steps.test_one_device_equals_eight: the step is a continuous function of its gradient.
 # Without attention, whose many shifted products are most of what a step takes to compile.
 SMOOTH = {**FIRING, "adam_epsilon": 1e-2, "student_optimizer": "sgd", "attention": "none"}
-FAST = {"xla_backend_optimization_level": 0}  # these programs run once: compiling is the cost
 
 
 def settings_with(**resources):
@@ -32,11 +33,11 @@ def run_steps(settings, devices=1):
     mesh = data_mesh(devices)
     spec = step_spec(TEACHER, settings, mesh)
     variables = put_replicated(TEACHER.variables, mesh)
-    start = jax.jit(steps.initial_state, static_argnums=(0, 2), compiler_options=FAST)
+    start = jax.jit(steps.initial_state, static_argnums=(0, 2))
     state = put_replicated(start(spec, TEACHER.variables, 0), mesh)
     history = []
     for function, count in ((steps.calibration_step, 1), (steps.joint_step, 3)):
-        jitted = jax.jit(functools.partial(function, spec=spec), compiler_options=FAST)
+        jitted = jax.jit(functools.partial(function, spec=spec))
         program = jitted.lower(state, variables).compile()
         for _ in range(count):
             state, metrics = program(state, variables)

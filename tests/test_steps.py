@@ -18,6 +18,8 @@ from lrq_jax.training import steps
 from lrq_jax.training.compilation import compile_step, put_replicated
 from lrq_jax.training.loop import phases
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CALIBRATED = (steps.calibration_step, steps.joint_step, steps.joint_step)
 FIRING = {"ama_lower": 1.9}
 """A hinge that is sure to fire: from the first step on the margin has a gradient."""

@@ -11,6 +11,8 @@ from lrq_jax import losses
 from lrq_jax.synthesis.generator import GeneratorSpec, generate, init_generator
 from lrq_jax.synthesis.superposition import superposed_labels
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LABELS = jnp.arange(64) % 10
 
 

@@ -23,6 +23,8 @@ from lrq_jax.quantize import prepare
 from lrq_jax.reproduce import command
 from lrq_jax.sharding import data_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
