@@ -124,12 +124,13 @@ def noise_loss(parameters: Parameters, labels: jax.Array, key: jax.Array, teache
     method = spec.method
     images = shown(parameters, labels, spec=spec)
     augment_key, coin_key, target_key = jax.random.split(key, 3)
-    images = jax.lax.cond(
-        jax.random.bernoulli(coin_key, method.noise_augment_probability),
-        lambda x: AUGMENTATIONS[method.noise_augmentation](augment_key, x),
-        lambda x: x,
-        images,
-    )
+    if method.noise_augment_probability and method.noise_augmentation != "none":
+        images = jax.lax.cond(
+            jax.random.bernoulli(coin_key, method.noise_augment_probability),
+            lambda x: AUGMENTATIONS[method.noise_augmentation](augment_key, x),
+            lambda x: x,
+            images,
+        )
     moved: Transform = unchanged
     if method.noise_swing:
         swing_key = jax.random.fold_in(key, _SWING_STREAM)
