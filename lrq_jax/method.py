@@ -81,7 +81,7 @@ class Method:
     dkd_beta: float = 8.0  # weight of dkd's non-target part
     temperature: float = 1.0  # T of either distillation
     kd_reduction: str = "batch_mean"  # batch_mean | element_mean (GDFQ's code)
-    channel_alignment: float = 0.0  # weight of channel attention aligned at block outputs (HAST)
+    channel_alignment: float = 0.0  # weight of channel attention aligned at blocks (HAST)
     cam_alignment: float = 0.0  # weight of class activation maps aligned (SynQ)
     perturbation: float = 0.0  # student sees images again, each value moved so far uphill (HAST)
     inundation: float = 0.0  # share of a kernel's codes every step changes (AIT, 2203.17008)
@@ -102,11 +102,12 @@ class Method:
     gradient_clip: float = 10.0  # largest global norm of either gradient; the lineage has none
     augmentation: str = "none"  # of the pool's images in training: none | crop_flip | shift_flip
     # --- noise images (images = noise) ---
-    # what is optimised: pixels | latents, with a fresh generator a batch (Genie, 2212.04780)
-    noise_parameters: str = "pixels"
-    noise_generator_rate: float = 0.01  # Adam, of that generator; on the latents' cosine, or ...
-    noise_generator_decay: float = 0.95  # ... with their plateau times this ...
-    noise_generator_decay_every: int = 100  # ... after so many iterations (Genie)
+    noise_parameters: str = "pixels"  # what is optimised: pixels | latents (Genie, 2212.04780)
+    noise_generator_rate: float = 0.01  # Adam, of the generator that latents come with (Genie)
+    noise_generator_decay: float = (
+        0.95  # of that rate, beside a plateau; on a cosine it is not used
+    )
+    noise_generator_decay_every: int = 100  # iterations from one such decay to the next
     noise_batches: int = 20  # batches in the pool (released: 4 groups x 5)
     noise_batch_size: int = 256  # images a batch
     noise_iterations: int = 1000  # optimisation steps a batch
@@ -115,8 +116,7 @@ class Method:
     noise_schedule: str = "plateau"  # plateau | cosine (to 0)
     noise_plateau_patience: int = 50  # iterations without improvement before x 0.1 ...
     noise_smallest_rate: float = 1e-4  # ... down to this learning rate
-    # batch-norm statistics: variance | relative (ours) | deviation (Genie)
-    noise_statistics: str = "variance"
+    noise_statistics: str = "variance"  # of batch norms: variance | relative (ours) | deviation
     noise_bns_weight: float = 1.0
     noise_image_weight: float = 0.0  # of each image's own mean and deviation, 0 and 1 (Genie)
     noise_swing: int = 0  # pixels by which strided convolutions of the teacher move (Genie: 1)

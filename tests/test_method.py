@@ -231,7 +231,9 @@ def test_bias_correction_of_what_is_not_yet_rounded_is_refused():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'LRQ', expected one of .*'intraq', 'lrq', 'lrq_released'"):
+    with pytest.raises(
+        ValueError, match=r"'LRQ', expected one of .*'intraq', 'lrq', 'lrq_released'"
+    ):
         preset("LRQ", image_size=32)
 
 
