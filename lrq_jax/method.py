@@ -83,7 +83,7 @@ class Method:
     kd_reduction: str = "batch_mean"  # batch_mean | element_mean (GDFQ's code)
     channel_alignment: float = 0.0  # weight of channel attention aligned at blocks (HAST)
     cam_alignment: float = 0.0  # weight of class activation maps aligned (SynQ)
-    perturbation: float = 0.0  # student sees images again, each value moved so far uphill (HAST)
+    perturbation: float = 0.0  # student sees images again, moved so far uphill in its loss (HAST)
     inundation: float = 0.0  # share of a kernel's codes every step changes (AIT, 2203.17008)
     average_decay: float = 0.0  # of the student's weights; their average ships; 0: the last ones do
     # --- optimisers ---
@@ -104,9 +104,7 @@ class Method:
     # --- noise images (images = noise) ---
     noise_parameters: str = "pixels"  # what is optimised: pixels | latents (Genie, 2212.04780)
     noise_generator_rate: float = 0.01  # Adam, of the generator that latents come with (Genie)
-    noise_generator_decay: float = (
-        0.95  # of that rate, beside a plateau; on a cosine it is not used
-    )
+    noise_generator_decay: float = 0.95  # of that rate, step by step beside a plateau (Genie)
     noise_generator_decay_every: int = 100  # iterations from one such decay to the next
     noise_batches: int = 20  # batches in the pool (released: 4 groups x 5)
     noise_batch_size: int = 256  # images a batch
