@@ -89,6 +89,7 @@ def our_side(case: Case, exchange: Path) -> Side:
     from lrq_jax.sharding import data_mesh
     from lrq_jax.synthesis.generator import generate
     from lrq_jax.training import steps
+    from lrq_jax.training.comparison import teacher_forward
     from lrq_jax.training.compilation import compile_step, put_replicated
 
     graph, settings = run_settings(case)
@@ -121,9 +122,7 @@ def our_side(case: Case, exchange: Path) -> Side:
     key = jax.random.key(5)
     noise, labels = jax.jit(lambda key: steps.draw_latents(key, spec))(key)
     images_of = jax.jit(lambda params: generate(spec.generator, params, noise, labels))
-    teach = jax.jit(
-        lambda v, images: steps.teacher_forward(graph, v, images, resources=spec.resources)
-    )
+    teach = jax.jit(lambda v, images: teacher_forward(graph, v, images, resources=spec.resources))
     held = jax.block_until_ready(images_of(states["generator"].generator))
     jax.block_until_ready(teach(variables, held))
 

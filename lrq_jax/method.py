@@ -21,6 +21,7 @@ ROUNDING_NAMES = (*ROUNDINGS, "adaround")
 CALIBRATION_SOURCES = ("generator", "pool")
 NOISE_TARGETS = ("probability", "cross_entropy")
 NOISE_SCHEDULES = ("plateau", "cosine")
+NOISE_PARAMETERS = ("pixels", "latents")
 STUDENT_LOSSES = ("dkd", "kd")
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("step", "cosine", "constant")
@@ -80,6 +81,9 @@ class Method:
     dkd_beta: float = 8.0  # weight of dkd's non-target part
     temperature: float = 1.0  # T of either distillation
     kd_reduction: str = "batch_mean"  # batch_mean | element_mean (GDFQ's code)
+    channel_alignment: float = 0.0  # weight of channel attention aligned at blocks (HAST)
+    cam_alignment: float = 0.0  # weight of class activation maps aligned (SynQ)
+    perturbation: float = 0.0  # student sees images again, moved so far uphill in its loss (HAST)
     inundation: float = 0.0  # share of a kernel's codes every step changes (AIT, 2203.17008)
     average_decay: float = 0.0  # of the student's weights; their average ships; 0: the last ones do
     # --- optimisers ---
@@ -98,16 +102,22 @@ class Method:
     gradient_clip: float = 10.0  # largest global norm of either gradient; the lineage has none
     augmentation: str = "none"  # of the pool's images in training: none | crop_flip | shift_flip
     # --- noise images (images = noise) ---
+    noise_parameters: str = "pixels"  # what is optimised: pixels | latents (Genie, 2212.04780)
+    noise_generator_rate: float = 0.01  # Adam, of the generator that latents come with (Genie)
+    noise_generator_decay: float = 0.95  # of that rate, step by step beside a plateau (Genie)
+    noise_generator_decay_every: int = 100  # iterations from one such decay to the next
     noise_batches: int = 20  # batches in the pool (released: 4 groups x 5)
     noise_batch_size: int = 256  # images a batch
     noise_iterations: int = 1000  # optimisation steps a batch
-    noise_learning_rate: float = 0.5  # Adam
+    noise_learning_rate: float = 0.5  # Adam, of pixels or latents
     noise_beta1: float = 0.5  # Adam; beta2 is 0.999
     noise_schedule: str = "plateau"  # plateau | cosine (to 0)
     noise_plateau_patience: int = 50  # iterations without improvement before x 0.1 ...
     noise_smallest_rate: float = 1e-4  # ... down to this learning rate
-    noise_statistics: str = "variance"  # batch-norm statistics: variance | relative (ours)
+    noise_statistics: str = "variance"  # of batch norms: variance | relative (ours) | deviation
     noise_bns_weight: float = 1.0
+    noise_image_weight: float = 0.0  # of each image's own mean and deviation, 0 and 1 (Genie)
+    noise_swing: int = 0  # pixels by which strided convolutions of the teacher move (Genie: 1)
     noise_target: str = "probability"  # class loss: probability (squared error) | cross_entropy
     noise_target_weight: float = 1.0
     noise_lowest_target: float = 0.5  # class probability targets: 1 or U(this, 1) [open]
@@ -130,6 +140,7 @@ class Method:
             ("calibration_images", CALIBRATION_SOURCES),
             ("rounding", ROUNDING_NAMES),
             ("augmentation", tuple(AUGMENTATIONS)),
+            ("noise_parameters", NOISE_PARAMETERS),
             ("noise_schedule", NOISE_SCHEDULES),
             ("noise_statistics", tuple(STATISTICS)),
             ("noise_target", NOISE_TARGETS),
@@ -141,25 +152,27 @@ class Method:
                 )
         for name in ("batch_size", "calibration_steps", "latent_dim", "generator_width",
                      "superposed_classes", "noise_batches", "noise_batch_size", "noise_iterations",
-                     "noise_plateau_patience", "reconstruction_iterations",
+                     "noise_plateau_patience", "noise_generator_decay_every",
+                     "reconstruction_iterations",
                      "reconstruction_batch_size"):  # fmt: skip
             self._check(name, minimum=1)
         for name in ("steps", "warmup_steps", "calibration_start", "class_weight", "bns_weight",
                      "ama_weight", "ce_weight", "distill_weight", "dkd_beta",
                      "student_weight_decay", "noise_bns_weight", "noise_target_weight",
-                     "class_focus", "noise_low_pass",
+                     "class_focus", "noise_low_pass", "channel_alignment", "cam_alignment",
+                     "perturbation", "noise_image_weight", "noise_swing",
                      "reconstruction_regularizer"):  # fmt: skip
             self._check(name, minimum=0)
         for name in ("temperature", "gradient_clip", "student_learning_rate",
                      "step_size_learning_rate", "generator_learning_rate", "noise_learning_rate",
-                     "noise_smallest_rate", "adam_epsilon", "reconstruction_learning_rate",
+                     "noise_generator_rate", "noise_smallest_rate", "adam_epsilon", "reconstruction_learning_rate",
                      "reconstruction_step_rate"):  # fmt: skip
             self._check(name, minimum=1e-12)
         # at 1 an average never moves
         for name in ("student_momentum", "generator_beta1", "noise_beta1", "average_decay"):
             self._check(name, minimum=0, maximum=0.9999)
         for name in ("superposition", "ce_hardest", "inundation", "noise_lowest_target",
-                     "noise_augment_probability", "reconstruction_warmup",
+                     "noise_augment_probability", "noise_generator_decay", "reconstruction_warmup",
                      "reconstruction_drop"):  # fmt: skip
             self._check(name, minimum=0, maximum=1)
         self._check("ama_margin", minimum=0, maximum=math.pi)

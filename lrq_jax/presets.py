@@ -83,6 +83,90 @@ def qimera(*, large_images: bool) -> Preset:
     )
 
 
+def intraq(*, large_images: bool) -> Preset:
+    """IntraQ (arXiv 2111.09136): noise images of varied classes and regions; LRQ's code grew from it.
+
+    Its parts: local object reinforcement (`crop_flip` in half of the iterations), the marginal
+    distance constraint (AMA's hinges without a margin, LRQ's addition), the soft inception loss
+    (`noise_target` of probabilities); then plain distillation. Constants of its ResNet-20 runs on
+    CIFAR-10 and, as LRQ's code has them, of ResNet-18. Only LRQ's schedule differs: IntraQ counts
+    its warm-up of 800 steps in [open].
+    """
+    return _changed(
+        lrq_released(large_images=large_images),
+        attention="none",
+        ama_margin=0.0,
+        ama_lower=0.3 if large_images else 0.05,
+        noise_lowest_target=0.9 if large_images else 0.95,
+        noise_beta1=0.9,
+        student_loss="kd",
+        distill_weight=20.0,
+        temperature=20.0,
+    )
+
+
+def hast(*, large_images: bool) -> Preset:
+    """HAST (arXiv 2303.13826): noise images, hard for teacher and student, channel attention aligned.
+
+    Constants of its CIFAR-10 and ResNet-18 runs. Differences [open]: where channels are aligned
+    (every tensor that all of the network passes through, the sum of a residual block; HAST: what
+    a block adds), the warm-up generator's focal loss (HAST: cross-entropy), crops of 0.5 to 1 of
+    an image at 224 px (HAST: 0.4), 16 images a step there (HAST: 4 on each of its GPUs).
+    """
+    return _changed(
+        intraq(large_images=large_images),
+        ama_weight=0.0,
+        batch_size=16 if large_images else 64,
+        student_learning_rate=1e-6 if large_images else 1e-5,
+        class_focus=0.5 if large_images else 2.0,
+        noise_target="cross_entropy",
+        noise_target_weight=0.1 if large_images else 10.0,
+        noise_augmentation="crop_flip" if large_images else "none",
+        ce_weight=0.0,
+        channel_alignment=4000.0 if large_images else 1000.0,
+        perturbation=0.01,
+    )
+
+
+def genie(*, large_images: bool) -> Preset:
+    """Genie (arXiv 2212.04780): images made through latents, the student rebuilt block by block.
+
+    Constants of its ResNet-18 runs, at every size [open]. Differences [open]: the generator is
+    LRQ's, with a class for each image (no loss asks for it) and long-range attention; AdaRound's
+    weight steps stay as searched (Genie-M learns them); ranges are seen on 16 batches.
+    """
+    method = Method(
+        images="noise",
+        calibration_images="pool",
+        conditioning="batch_norm" if large_images else "embedding",
+        attention="after_block1",
+        latent_dim=256,
+        batch_size=32 if large_images else 64,
+        warmup_steps=16,
+        calibration_steps=16,
+        steps=0,
+        ama_weight=0.0,
+        rounding="adaround",
+        reconstruction_iterations=20_000,
+        reconstruction_regularizer=1.0,
+        noise_parameters="latents",
+        noise_batches=8,
+        noise_batch_size=128,
+        noise_iterations=4_000,
+        noise_learning_rate=0.1,
+        noise_beta1=0.9,
+        noise_plateau_patience=100,
+        noise_statistics="deviation",
+        noise_image_weight=1.0,
+        noise_swing=1,
+        noise_target_weight=0.0,
+        noise_augmentation="none",
+        noise_augment_probability=0.0,
+    )
+    student = QuantSpec(weight_observer="smallest_error", act_observer="smallest_error")
+    return Preset(method=method, student=student)
+
+
 def fast(*, large_images: bool) -> Preset:
     """Ours, for minutes: a small pool of noise images, ranges and step sizes that are searched
     and then learned, distillation alone.
@@ -132,6 +216,28 @@ def fast(*, large_images: bool) -> Preset:
     return Preset(method=method, student=student)
 
 
+def best(*, large_images: bool) -> Preset:
+    """Ours, for a GPU-hour: `fast` with more of everything, on a student rebuilt block by block.
+
+    2,048 images of 1,000 iterations each; AdaRound with QDrop, whose choices distillation then
+    starts from, at a fifth of `fast`'s rate, and a running average of the weights. Constants are
+    ours, sized by counting operations [open]: nothing of it was measured yet.
+    """
+    base = fast(large_images=large_images)
+    return _changed(
+        base,
+        batch_size=64 if large_images else 128,
+        rounding="adaround",
+        reconstruction_iterations=5_000 if large_images else 20_000,
+        steps=5_000 if large_images else 20_000,
+        student_learning_rate=1e-4,
+        average_decay=0.999,
+        noise_batches=64 if large_images else 16,
+        noise_iterations=1_000,
+        noise_swing=1,
+    )
+
+
 def squant(*, large_images: bool) -> Preset:
     """SQuant (arXiv 2202.07471): no training. Weights are rounded so that errors cancel; a few
     images, matched to the batch norms for seconds, set the activation ranges [open]."""
@@ -156,8 +262,12 @@ def _changed(preset: Preset, **method: Any) -> Preset:
 
 
 PRESETS: dict[str, Callable[..., Preset]] = {
+    "best": best,
     "fast": fast,
     "gdfq": gdfq,
+    "genie": genie,
+    "hast": hast,
+    "intraq": intraq,
     "lrq": lrq,
     "lrq_released": lrq_released,
     "qimera": qimera,

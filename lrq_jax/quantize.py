@@ -74,6 +74,11 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh |
                 f"method.{name}: found {getattr(method, name)!r} with student.placement="
                 f"{settings.student.placement!r}, expected {neutral!r} or the integer placement"
             )
+    if method.cam_alignment:
+        try:
+            _ = teacher.graph.last_map
+        except ValueError as error:
+            raise ValueError(f"method.cam_alignment: {error}") from error
     devices = 1 if mesh is None else mesh.devices.size
     parts = {"batch_size": devices * settings.resources.micro_batches}
     if method.makes_pool:

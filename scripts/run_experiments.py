@@ -78,11 +78,33 @@ FAST = {
     "R W3A3 seed 0": [*POLICY_R, *_bits(3, 3)],
     "R W2A4 seed 0": [*POLICY_R, *_bits(2, 4)],
 }
+FAST_PARTS = {
+    "fast": [],
+    "channel alignment": ["--config.method.channel_alignment=1000.0"],
+    "activation map alignment": ["--config.method.cam_alignment=1.0"],
+    "perturbation": ["--config.method.perturbation=0.01"],
+    "latents": [
+        "--config.method.noise_parameters=latents",
+        "--config.method.attention=after_block1",
+        "--config.method.latent_dim=256",
+    ],
+    "latents, no attention": [
+        "--config.method.noise_parameters=latents",
+        "--config.method.latent_dim=256",
+    ],
+    "swing": ["--config.method.noise_swing=1"],
+    "image statistics": ["--config.method.noise_image_weight=0.1"],
+    "low pass": ["--config.method.noise_low_pass=8.0"],
+    "averaged weights": ["--config.method.average_decay=0.99"],
+    "inundation": ["--config.method.inundation=0.001"],
+}
 _LEFT_OUT = {"command", "layers", "batch_norms", "histogram", "disagreements", "synthetic"}
 """Of a report: what is long, and the command with this machine's paths."""
 
 SUITES = {
+    "best": ("configs/best.py", FAST),
     "fast": ("configs/fast.py", FAST),
+    "fast_parts": ("configs/fast.py", FAST_PARTS),
     "ingredients": ("configs/squant.py", INGREDIENTS),
     "ingredients_depthwise": ("configs/squant.py", INGREDIENTS),
     "r20_cifar10": ("configs/r20_cifar10.py", R20),

@@ -24,7 +24,7 @@ def test_channel_attention_alignment(rng):
                 [[np.mean(x[..., c] ** 2) for c in range(x.shape[-1])] for x in features]
             )
             rows.append(energy / np.linalg.norm(energy, axis=1, keepdims=True))
-        expected += np.mean((rows[0] - rows[1]) ** 2) / 2
+        expected += np.mean((rows[0] - rows[1]) ** 2)
     students, teachers = ([pair[i] for pair in pairs] for i in (0, 1))
     found = jax.jit(losses.channel_attention_alignment)(students, teachers)
     np.testing.assert_allclose(found, expected, rtol=1e-4)

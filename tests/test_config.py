@@ -82,6 +82,15 @@ OTHER_VALUES = {
     "superposed_classes": 4,
     "ce_hardest": 0.6,
     "inundation": 0.002,
+    "channel_alignment": 12.0,
+    "cam_alignment": 13.0,
+    "perturbation": 0.02,
+    "noise_parameters": "latents",
+    "noise_generator_rate": 0.03,
+    "noise_generator_decay": 0.7,
+    "noise_generator_decay_every": 9,
+    "noise_image_weight": 0.35,
+    "noise_swing": 2,
     "noise_low_pass": 9.0,
     "noise_beta1": 0.3,
     "noise_schedule": "cosine",
@@ -163,6 +172,9 @@ def test_every_field_of_the_method_has_another_value_below():
 @pytest.mark.parametrize("name", sorted(OTHER_VALUES))
 def test_every_field_of_the_method_can_be_set_and_is_the_presets_when_it_is_not(name):
     for preset_name in PRESETS:
+        learned = preset(preset_name, image_size=16).method.rounding == "adaround"
+        if learned and name == "bias_correction":  # refused: see test_method
+            continue
         config = base_config()
         config.method.preset = preset_name
         before = resolve(config, image_size=16).method
@@ -367,6 +379,15 @@ def test_settings_carry_every_other_field_and_hash():
         ("method.reconstruction_warmup", 1.5),
         ("method.reconstruction_drop", -0.5),
         ("method.class_focus", -1.0),
+        ("method.channel_alignment", -1.0),
+        ("method.cam_alignment", math.inf),
+        ("method.perturbation", math.nan),
+        ("method.noise_parameters", "voxels"),
+        ("method.noise_generator_rate", 0.0),
+        ("method.noise_generator_decay", 1.5),
+        ("method.noise_generator_decay_every", 0),
+        ("method.noise_image_weight", -0.5),
+        ("method.noise_swing", -1),
         ("method.superposition", 1.5),
         ("method.superposed_classes", 0),
         ("method.ce_hardest", -0.1),
@@ -426,7 +447,14 @@ def test_a_calibration_outside_the_warmup_is_refused_with_the_way_out():
 
 def test_the_issues_configs_are_there():
     names = {path.name for path in CONFIGS}
-    assert {"digits.py", "r20_cifar10.py", "r20_cifar100.py", "r18.py"} <= names
+    assert {
+        "best.py",
+        "digits.py",
+        "fast.py",
+        "r20_cifar10.py",
+        "r20_cifar100.py",
+        "r18.py",
+    } <= names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

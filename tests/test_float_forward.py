@@ -319,6 +319,30 @@ def test_each_kernel_and_activation_is_transformed_once():
     assert [layer.name for layer in seen] == ["conv0", "side"]
 
 
+def test_what_each_convolution_reads_is_transformed_and_nothing_else():
+    graph = chain()
+    variables, images = random_variables(graph), images_for(graph)
+    seen = []
+
+    def input_transform(layer, x):
+        seen.append(layer)
+        return 2 * x
+
+    outputs = ("conv0", "classifier")
+    found = float_forward(graph, variables, images, outputs, input_transform=input_transform)
+    convolutions = [layer for layer in graph.layers if isinstance(layer, L.Conv)]
+    assert seen == convolutions
+    params = variables["params"]
+    doubled = {
+        layer.name: {**params[layer.name], "kernel": 2 * params[layer.name]["kernel"]}
+        for layer in convolutions
+    }
+    variables = {**variables, "params": {**variables["params"], **doubled}}
+    plain = float_forward(graph, variables, images, outputs)
+    for name in outputs:
+        np.testing.assert_allclose(found[name], plain[name], rtol=1e-5, atol=1e-5)
+
+
 def test_statistics_and_inputs_are_left_alone():
     graph = chain()
     variables, images = random_variables(graph), images_for(graph)

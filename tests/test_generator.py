@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lrq_jax.synthesis.attention import LongRangeAttention, attention_block, large_kernel_attention
-from lrq_jax.synthesis.augmentation import random_resized_crop_flip, random_shift_flip
+from lrq_jax.synthesis.augmentation import random_resized_crop_flip, random_shift_flip, swing
 from lrq_jax.synthesis.generator import (
     ATTENTION_PLACES,
     CONDITIONINGS,
@@ -519,6 +519,28 @@ def test_shifts_are_of_whole_pixels_reflected_at_the_edges_and_half_are_mirrored
     assert 16 < sum(flip for flip, *_ in found) < 48
     assert {down for _, down, _ in found} == set(range(-2, 3))
     assert {right for *_, right in found} == set(range(-3, 4))
+
+
+def test_a_swing_moves_a_batch_alike_by_up_to_its_reach_and_reflects_the_edges(rng):
+    maps = rng.standard_normal((3, 5, 7, 2)).astype(np.float32)
+    found = set()
+    for seed in range(40):
+        moved = np.asarray(swing(_key(seed), jnp.asarray(maps), reach=1))
+        places = [
+            (down, right)
+            for down, right in itertools.product((-1, 0, 1), repeat=2)
+            if np.array_equal(
+                maps[:, _reflected(np.arange(5) + down, 5)][
+                    :, :, _reflected(np.arange(7) + right, 7)
+                ],
+                moved,
+            )
+        ]
+        assert len(places) == 1
+        found.update(places)
+    assert len(found) == 9
+    np.testing.assert_array_equal(swing(_key(0), jnp.asarray(maps), reach=0), maps)
+    assert swing(_key(0), jnp.ones((1, 1, 1, 1)), reach=1).shape == (1, 1, 1, 1)
 
 
 def _reflected(places, size):

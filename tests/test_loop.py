@@ -1,6 +1,7 @@
 """The host loop: resuming, killing, diverging, the pool of noise images."""
 
 import dataclasses
+import functools
 import json
 import re
 import signal
@@ -14,14 +15,15 @@ import numpy as np
 import pytest
 from test_steps import tiny_settings, tiny_teacher
 
-from lrq_jax.config import RunSettings
+from lrq_jax.config import RunSettings, base_config, resolve
 from lrq_jax.presets import PRESETS
 from lrq_jax.quantize import prepare, quantize, step_spec
 from lrq_jax.sharding import data_mesh
-from lrq_jax.training import loop, noise_pool
+from lrq_jax.training import loop, noise_pool, noise_steps, steps
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.loop import TrainingLoop
+from lrq_jax.training.reconstruction import reconstructed
 from lrq_jax.writers.codes import load_student
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -258,15 +260,8 @@ def compilations_between_steps(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(
-    ("preset", "placement"),
-    [(name, "integer") for name in sorted(PRESETS)] + [("gdfq", "paper"), ("fast", "paper")],
-)
-def test_every_preset_runs_from_start_to_report(
-    teacher, tmp_path, preset, placement, compilations_between_steps
-):
-    from lrq_jax.config import base_config, resolve
-
+def few_steps(preset, placement="integer"):
+    """Settings of a preset cut down to three steps a phase."""
     config = base_config()
     config.method.preset = preset
     config.student.placement = placement
@@ -282,7 +277,49 @@ def test_every_preset_runs_from_start_to_report(
         "noise_iterations": 2,
     }.items():
         config.method[name] = value
-    settings = resolve(config, image_size=8)
+    return resolve(config, image_size=8)
+
+
+COMPILED = ("fast", "hast", "qimera", "squant")
+"""Presets that are run. `lrq` is by other tests of this file; the others differ from one of these
+in constants and in parts tested alone, and their steps are traced."""
+
+
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {*COMPILED, "gdfq"}))
+def test_the_steps_of_every_other_preset_fit_together(teacher, preset):
+    settings = few_steps(preset)
+    spec = step_spec(teacher, settings, None)
+    variables = jax.tree.map(jax.numpy.asarray, teacher.variables)
+    state = jax.eval_shape(lambda v: steps.initial_state(spec, v, 0), variables)
+    pool = (jax.ShapeDtypeStruct((8, 8, 8, 1), np.float32), jax.ShapeDtypeStruct((8,), np.int32))
+    if settings.method.makes_pool:
+        start = jax.eval_shape(
+            lambda centers: noise_steps.initial_noise(spec, jax.random.key(0), centers),
+            state.centers,
+        )
+        step = functools.partial(noise_steps.noise_step, spec=spec)
+        after, _ = jax.eval_shape(step, start, variables)
+        assert jax.tree.structure(after) == jax.tree.structure(start)
+    plan = loop.phases(spec)
+    for phase in plan:
+        if phase.step is reconstructed:
+            continue
+        from_pool = phase.step in (steps.pool_step, steps.pool_calibration_step)
+        arguments = (variables, *pool) if from_pool else (variables,)
+        after, _ = jax.eval_shape(functools.partial(phase.step, spec=spec), state, *arguments)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+    learned = settings.method.rounding == "adaround"
+    assert learned == ("reconstruction" in [phase.name for phase in plan])
+
+
+@pytest.mark.parametrize(
+    ("preset", "placement"),
+    [(name, "integer") for name in COMPILED] + [("gdfq", "paper"), ("fast", "paper")],
+)
+def test_every_kind_of_preset_runs_from_start_to_report(
+    teacher, tmp_path, preset, placement, compilations_between_steps
+):
+    settings = few_steps(preset, placement)
     report = quantize(prepare(teacher, settings, None, tmp_path / "run"))
     assert report["preset"] == preset
     assert report["placement"] == placement
@@ -290,11 +327,11 @@ def test_every_preset_runs_from_start_to_report(
     assert report["drop"] is None
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 6
-    pool = preset in ("fast", "lrq_released", "squant")
+    pool = preset in ("fast", "hast", "squant")
     student = "pool_step" if pool else "joint_step"
     calibration = "pool_calibration_step" if preset in ("fast", "squant") else "calibration_step"
     assert compilations_between_steps == {calibration: 0, student: 0}
     assert (tmp_path / "run" / "pool").exists() == pool
     made = {path.stem.partition("_")[0] for path in (tmp_path / "run" / "images").glob("*.png")}
-    grids = {"lrq_released": {"pool", "step"}, "fast": {"pool"}, "squant": {"pool"}}
+    grids = {"hast": {"pool", "step"}, "fast": {"pool"}, "squant": {"pool"}}
     assert made == grids.get(preset, {"step"})

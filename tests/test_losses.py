@@ -416,6 +416,36 @@ def test_relative_batch_norm_statistics(rng):
     assert np.isfinite(gradient).all()
 
 
+def test_batch_norm_deviations(rng):
+    inputs = [rng.standard_normal(s).astype(np.float32) * 2 + 1 for s in [(4, 5, 6, 3), (4, 7)]]
+    running = [
+        (rng.standard_normal(x.shape[-1]).astype(np.float32), rng.random(x.shape[-1]) * 4)
+        for x in inputs
+    ]
+    expected = 0.0
+    for x, (mean, variance) in zip(inputs, running, strict=True):
+        rows = np.float64(x).reshape(-1, x.shape[-1])
+        expected += np.mean((rows.mean(0) - mean) ** 2)
+        expected += np.mean((rows.std(0) - np.sqrt(variance)) ** 2)
+    found = losses.batch_norm_deviations(inputs, running)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    constant = [(jnp.zeros(2), jnp.zeros(2))]
+    gradient = jax.grad(lambda x: losses.batch_norm_deviations([x], constant))(jnp.ones((3, 2)))
+    assert np.isfinite(gradient).all()
+
+
+def test_image_statistics_are_of_each_image_and_channel(rng):
+    images = rng.standard_normal((3, 4, 5, 2)).astype(np.float32) * 2 + 1
+    expected = 0.0
+    for image in np.float64(images):
+        for channel in np.moveaxis(image, -1, 0):
+            expected += (channel.mean() ** 2 + (channel.std() - 1) ** 2) / 3
+    np.testing.assert_allclose(losses.image_statistics(images), expected, rtol=1e-4)
+    normal = (images - images.mean((1, 2), keepdims=True)) / images.std((1, 2), keepdims=True)
+    np.testing.assert_allclose(losses.image_statistics(normal), 0, atol=1e-6)
+    assert np.isfinite(jax.grad(losses.image_statistics)(jnp.ones((1, 2, 2, 1)))).all()
+
+
 def test_statistics_of_a_constant_and_of_a_far_batch_are_finite():
     running = [(jnp.zeros(2), jnp.ones(2))]
     for value in (0.0, 3.0, 1e4):

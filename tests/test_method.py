@@ -62,6 +62,87 @@ SCHEDULES = {
         "augmentation": ("crop_flip", "crop_flip"),
     },
 }
+# method.md, sections 3 and 4; beyond.md, section 2; the methods' code. (32 px, 224 px)
+PUBLISHED = {
+    "intraq": {
+        "images": ("noise", "noise"),
+        "attention": ("none", "none"),
+        "batch_size": (256, 16),
+        "student_learning_rate": (1e-4, 1e-6),
+        "augmentation": ("crop_flip", "crop_flip"),
+        "student_loss": ("kd", "kd"),
+        "kd_reduction": ("batch_mean", "batch_mean"),
+        "distill_weight": (20.0, 20.0),
+        "temperature": (20.0, 20.0),
+        "ce_weight": (1.0, 1.0),
+        "noise_batches": (4 * 5, 4 * 5),
+        "noise_batch_size": (256, 256),
+        "noise_iterations": (1000, 1000),
+        "noise_learning_rate": (0.5, 0.5),
+        "noise_beta1": (0.9, 0.9),
+        "noise_augmentation": ("crop_flip", "crop_flip"),
+        "noise_augment_probability": (0.5, 0.5),
+        "noise_statistics": ("variance", "variance"),
+        "noise_target": ("probability", "probability"),
+        "noise_lowest_target": (0.95, 0.9),
+        "ama_weight": (1.0, 1.0),
+        "ama_margin": (0.0, 0.0),
+        "ama_lower": (0.05, 0.3),
+        "ama_upper": (0.8, 0.8),
+        "ama_center": ("running_mean", "running_mean"),
+    },
+    "hast": {
+        "images": ("noise", "noise"),
+        "attention": ("none", "none"),
+        "batch_size": (64, 16),
+        "student_learning_rate": (1e-5, 1e-6),
+        "student_loss": ("kd", "kd"),
+        "kd_reduction": ("batch_mean", "batch_mean"),
+        "distill_weight": (20.0, 20.0),
+        "temperature": (20.0, 20.0),
+        "ce_weight": (0.0, 0.0),
+        "channel_alignment": (1000.0, 4000.0),
+        "perturbation": (0.01, 0.01),
+        "class_focus": (2.0, 0.5),
+        "noise_target": ("cross_entropy", "cross_entropy"),
+        "noise_target_weight": (10.0, 0.1),
+        "noise_augmentation": ("none", "crop_flip"),
+        "ama_weight": (0.0, 0.0),
+    },
+    "genie": {
+        "images": ("noise", "noise"),
+        "noise_parameters": ("latents", "latents"),
+        "attention": ("after_block1", "after_block1"),
+        "conditioning": ("embedding", "batch_norm"),
+        "latent_dim": (256, 256),
+        "noise_batches": (1024 // 128, 1024 // 128),
+        "noise_batch_size": (128, 128),
+        "noise_iterations": (4000, 4000),
+        "noise_learning_rate": (0.1, 0.1),
+        "noise_beta1": (0.9, 0.9),
+        "noise_generator_rate": (0.01, 0.01),
+        "noise_generator_decay": (0.95, 0.95),
+        "noise_generator_decay_every": (100, 100),
+        "noise_schedule": ("plateau", "plateau"),
+        "noise_plateau_patience": (100, 100),
+        "noise_smallest_rate": (1e-4, 1e-4),
+        "noise_statistics": ("deviation", "deviation"),
+        "noise_bns_weight": (1.0, 1.0),
+        "noise_image_weight": (1.0, 1.0),
+        "noise_target_weight": (0.0, 0.0),
+        "noise_swing": (1, 1),
+        "ama_weight": (0.0, 0.0),
+        "steps": (0, 0),
+        "rounding": ("adaround", "adaround"),
+        "reconstruction_iterations": (20_000, 20_000),
+        "reconstruction_batch_size": (32, 32),
+        "reconstruction_learning_rate": (1e-3, 1e-3),
+        "reconstruction_step_rate": (4e-5, 4e-5),
+        "reconstruction_regularizer": (1.0, 1.0),
+        "reconstruction_warmup": (0.2, 0.2),
+        "reconstruction_drop": (0.5, 0.5),
+    },
+}
 # method.md, section 3.
 LOSSES = {
     "class_weight": 1.0,
@@ -79,11 +160,12 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", sorted(SCHEDULES | PUBLISHED))
 @pytest.mark.parametrize("large", [False, True], ids=["32 px", "224 px"])
 def test_presets_hold_the_published_schedule(name, large):
     method = PRESETS[name](large_images=large).method
-    expected = {field: columns[large] for field, columns in SCHEDULES[name].items()}
+    columns = (SCHEDULES | PUBLISHED)[name]
+    expected = {field: values[large] for field, values in columns.items()}
     assert {field: getattr(method, field) for field in expected} == expected
 
 
@@ -107,6 +189,16 @@ def test_gdfq_is_lrq_without_its_three_ingredients(large):
         "temperature": 20.0,
         "kd_reduction": "element_mean",
     }
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["32 px", "224 px"])
+def test_best_is_fast_with_more_of_everything_and_learned_rounding(large):
+    base, found = (PRESETS[name](large_images=large) for name in ("fast", "best"))
+    assert base.student == found.student
+    for field in ("noise_batches", "noise_iterations", "steps", "batch_size"):
+        assert getattr(found.method, field) > getattr(base.method, field), field
+    assert found.method.rounding == "adaround"
+    assert found.method.noise_parameters == base.method.noise_parameters == "pixels"
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -139,7 +231,9 @@ def test_bias_correction_of_what_is_not_yet_rounded_is_refused():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'LRQ', expected one of .*'gdfq', 'lrq', 'lrq_released'"):
+    with pytest.raises(
+        ValueError, match=r"'LRQ', expected one of .*'intraq', 'lrq', 'lrq_released'"
+    ):
         preset("LRQ", image_size=32)
 
 

@@ -27,7 +27,8 @@ from lrq_jax.quantizers.affine import quantize_weight, weight_parameters
 from lrq_jax.synthesis.generator import GeneratorSpec
 from lrq_jax.training import reconstruction
 from lrq_jax.training.reconstruction import reconstructed
-from lrq_jax.training.steps import StepSpec, initial_state
+from lrq_jax.training.spec import StepSpec
+from lrq_jax.training.steps import initial_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

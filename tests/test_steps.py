@@ -6,17 +6,22 @@ import functools
 import jax
 import numpy as np
 import pytest
+from small_networks import random_variables
 
+from lrq_jax import losses
 from lrq_jax.config import base_config, resolve
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import GraphBuilder
-from lrq_jax.passes import QuantSpec, calibrate, freeze
+from lrq_jax.passes import QuantSpec, calibrate, float_forward, freeze, student_forward
+from lrq_jax.passes.kernels import coarse_kernel
 from lrq_jax.quantize import step_spec
 from lrq_jax.readers import Teacher
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training import steps
+from lrq_jax.training.comparison import Compared, aligned_blocks, lesson_of
 from lrq_jax.training.compilation import compile_step, put_replicated
 from lrq_jax.training.loop import phases
+from lrq_jax.training.student_loss import perturbed_images, student_loss, training_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -133,7 +138,7 @@ def test_each_step_updates_what_it_should_and_nothing_else():
 @pytest.mark.parametrize("learned_steps", ["none", "both"])
 @pytest.mark.parametrize("placement", ["integer", "paper"])
 def test_every_student_parameter_gets_a_gradient(placement, learned_steps):
-    settings = tiny_settings()
+    settings = tiny_settings(attention="none")
     student = dataclasses.replace(
         settings.student, placement=placement, learned_steps=learned_steps
     )
@@ -143,11 +148,11 @@ def test_every_student_parameter_gets_a_gradient(placement, learned_steps):
     state, _ = jax.jit(functools.partial(steps.calibration_step, spec=spec))(state, variables)
     images = jax.random.normal(jax.random.key(1), (16, 8, 8, 1))
     labels = jax.numpy.arange(16) % 10
-    gradient = jax.jit(jax.grad(steps.student_loss, has_aux=True), static_argnames="spec")
-    logits = jax.random.normal(jax.random.key(2), (16, 10))
+    gradient = jax.jit(jax.grad(student_loss, has_aux=True), static_argnames="spec")
+    lesson = Compared(jax.random.normal(jax.random.key(2), (16, 10)))
     trainable = spec.student.trainable(state.student)
     assert len(trainable["stretch"]) == (2 if learned_steps == "both" else 0)
-    grads, _ = gradient(trainable, state.student, images, labels, logits, spec=spec)
+    grads, _ = gradient(trainable, state.student, images, labels, lesson, spec=spec)
     zero = [
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
@@ -218,8 +223,8 @@ def test_each_ingredient_changes_program_and_result(switched):
 )
 def test_each_further_ingredient_changes_the_losses(switched):
     """Evaluated, not trained: their gradients are those of the losses, tested alone."""
-    spec = step_spec(TEACHER, tiny_settings(**switched), None)
-    plain = step_spec(TEACHER, tiny_settings(), None)
+    spec = step_spec(TEACHER, tiny_settings(attention="none", **switched), None)
+    plain = step_spec(TEACHER, tiny_settings(attention="none"), None)
     variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
     state = steps.initial_state(plain, variables, 0)
     found = []
@@ -229,14 +234,109 @@ def test_each_further_ingredient_changes_the_losses(switched):
             state.generator, variables, state.centers, noise, labels, spec=each
         )
         trainable = each.student.trainable(state.student)
-        _, terms = steps.student_loss(
-            trainable, state.student, aux["images"], labels, aux["logits"], spec=each
+        _, terms = student_loss(
+            trainable, state.student, aux["images"], labels, aux["lesson"], spec=each
         )
         found.append((float(aux["terms"]["generator/ce"]), float(terms["student/ce"])))
     changed = [bool(np.not_equal(a, b)) for a, b in zip(*found, strict=True)]
     assert changed == {
         "class_focus": [True, False], "superposition": [True, True], "ce_hardest": [False, True],
     }[next(iter(switched))]  # fmt: skip
+
+
+ALIGNED = {"channel_alignment": 30.0, "cam_alignment": 5.0, "perturbation": 0.01}
+
+
+@pytest.fixture(scope="module")
+def compared_pair():
+    """A spec that aligns and perturbs, a calibrated state of its student, images and labels."""
+    spec = step_spec(TEACHER, tiny_settings(attention="none", student_loss="kd", **ALIGNED), None)
+    variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
+    student = spec.student.initial_variables(variables)
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+    _, student = calibrate(spec.student, student, images)
+    return spec, variables, student, images, jax.numpy.arange(4)
+
+
+def test_the_student_is_aligned_at_block_outputs_and_at_the_last_map(compared_pair):
+    spec, variables, student, images, labels = compared_pair
+    graph, output = spec.graph, spec.graph.output
+    blocks, last = aligned_blocks(spec), graph.by_name[graph.features].inputs[0]
+    assert len(blocks) == 2  # the stem and the residual block
+    assert blocks[-1] == graph.last_map == last
+    lesson = lesson_of(variables, images, spec)
+    total, terms = student_loss(
+        spec.student.trainable(student), student, images, labels, lesson, spec=spec
+    )
+    theirs = float_forward(graph, variables, images, (*blocks, output))
+    ours = student_forward(spec.student, student, images, (*blocks, output))
+    channel = losses.channel_attention_alignment(
+        [ours[name] for name in blocks], [theirs[name] for name in blocks]
+    )
+    classes = np.argmax(theirs[output], -1)
+    kernels = (
+        coarse_kernel(spec.student.spec, student, spec.student.operations[-1]),
+        variables["params"][graph.classifier.name]["kernel"],
+    )
+    maps = [
+        losses.class_activation_map(values[last], kernel, classes)
+        for values, kernel in zip((ours, theirs), kernels, strict=True)
+    ]
+    cam = losses.class_activation_alignment(*maps)
+    assert channel > 0
+    assert cam > 0
+    np.testing.assert_allclose(terms["student/channel"], channel, rtol=1e-4)
+    np.testing.assert_allclose(terms["student/cam"], cam, rtol=1e-4)
+    plain = terms["student/ce"] + terms["student/distill"]
+    np.testing.assert_allclose(total, plain + 30 * channel + 5 * cam, rtol=1e-5)
+
+
+def test_perturbed_images_are_harder_and_their_loss_is_added(compared_pair):
+    spec, variables, student, images, labels = compared_pair
+    trainable = spec.student.trainable(student)
+    harder = perturbed_images(trainable, student, variables, images, labels, spec=spec)
+    moved = np.asarray(harder - images)
+    np.testing.assert_allclose(np.abs(moved)[moved != 0], 0.01, rtol=1e-3)
+    assert np.mean(moved != 0) > 0.9
+
+    def loss(images):
+        lesson = lesson_of(variables, images, spec)
+        return float(student_loss(trainable, student, images, labels, lesson, spec=spec)[0])
+
+    assert loss(harder) > loss(images) > loss(images - moved)
+    lesson = lesson_of(variables, images, spec)
+    total, terms = training_loss(trainable, student, variables, images, labels, lesson, spec=spec)
+    np.testing.assert_allclose(terms["student/perturbed"], loss(harder), rtol=1e-5)
+    np.testing.assert_allclose(total, loss(images) + loss(harder), rtol=1e-5)
+    assert terms["student/loss"] == total
+
+
+@pytest.mark.parametrize(
+    ("field", "term"),
+    [("channel_alignment", "channel"), ("cam_alignment", "cam"), ("perturbation", "perturbed")],
+)
+@pytest.mark.parametrize("images", ["generator", "noise"])
+def test_each_alignment_is_in_the_program_of_either_step(images, field, term):
+    """Traced, not compiled."""
+    settings = tiny_settings(images=images, attention="none", **{field: ALIGNED[field]})
+    spec = step_spec(TEACHER, settings, None)
+    state = jax.eval_shape(lambda v: steps.initial_state(spec, v, 0), TEACHER.variables)
+    pool = (jax.ShapeDtypeStruct((16, 8, 8, 1), np.float32), jax.ShapeDtypeStruct((16,), np.int32))
+    step = steps.joint_step if images == "generator" else steps.pool_step
+    arguments = (TEACHER.variables,) if images == "generator" else (TEACHER.variables, *pool)
+    after, terms = jax.eval_shape(functools.partial(step, spec=spec), state, *arguments)
+    assert f"student/{term}" in terms
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_activation_maps_need_a_global_pool():
+    net = GraphBuilder("flat", input_shape=(8, 8, 1))
+    net.dense(net.flatten(net.relu(net.batch_norm(net.conv(net.image, 4, 3)))), 10)
+    graph = net.build()
+    teacher = dataclasses.replace(TEACHER, graph=graph, variables=random_variables(graph))
+    with pytest.raises(ValueError, match=r"method\.cam_alignment: layer .*Flatten.*GlobalPool"):
+        step_spec(teacher, tiny_settings(cam_alignment=1.0), None)
+    step_spec(teacher, tiny_settings(), None)
 
 
 def test_inundated_steps_change_their_share_of_every_kernels_codes():

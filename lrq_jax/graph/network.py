@@ -7,7 +7,16 @@ import functools
 import math
 from collections.abc import Iterable
 
-from lrq_jax.graph.layers import INPUT, BatchNorm, Conv, Dense, GraphError, Layer, Shape
+from lrq_jax.graph.layers import (
+    INPUT,
+    BatchNorm,
+    Conv,
+    Dense,
+    GlobalPool,
+    GraphError,
+    Layer,
+    Shape,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +111,20 @@ class Graph:
     def features(self) -> str:
         """Name of the pooled (penultimate) features: what the classifier reads."""
         return self.classifier.inputs[0]
+
+    @property
+    def last_map(self) -> str:
+        """Name of the feature map that the global pool before the classifier reads.
+
+        Raises:
+          GraphError: the classifier reads something else.
+        """
+        pool = self.by_name[self.features]
+        if not isinstance(pool, GlobalPool):
+            raise self.classifier.fail(
+                f"{pool.name!r} ({type(pool).__name__}) before it", "a GlobalPool of the last map"
+            )
+        return pool.inputs[0]
 
     @functools.cached_property
     def block_outputs(self) -> tuple[str, ...]:

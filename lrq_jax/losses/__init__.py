@@ -22,13 +22,16 @@ from lrq_jax.losses.margin import (
 )
 from lrq_jax.losses.statistics import (
     STATISTICS,
+    batch_norm_deviations,
     batch_norm_statistics,
+    image_statistics,
     relative_batch_norm_statistics,
 )
 
 __all__ = [
     "STATISTICS",
     "angular_margin_hinge",
+    "batch_norm_deviations",
     "batch_norm_statistics",
     "channel_attention",
     "channel_attention_alignment",
@@ -40,6 +43,7 @@ __all__ = [
     "distillation",
     "easy_cross_entropy",
     "focal_cross_entropy",
+    "image_statistics",
     "initial_centers",
     "relative_batch_norm_statistics",
     "sample_targets",

@@ -25,7 +25,7 @@ def channel_attention(features: jax.Array) -> jax.Array:
 
 
 def channel_attention_alignment(student: Sequence[jax.Array], teacher: Sequence[jax.Array]) -> jax.Array:  # fmt: skip
-    """Mean over blocks of the mean squared difference of channel attentions.
+    """`sum_l mean_bc (a_l(student) - a_l(teacher))^2`, a_l the channel attention of block l.
 
     Source: HAST's feature alignment (arXiv 2303.13826), which weighs it by 1000 at
     32 px and 4000 on ImageNet.
@@ -45,7 +45,7 @@ def channel_attention_alignment(student: Sequence[jax.Array], teacher: Sequence[
         jnp.mean(jnp.square(channel_attention(a) - channel_attention(b)))
         for a, b in zip(student, teacher, strict=True)
     ]
-    return sum(differences, jnp.float32(0)) / len(differences)
+    return sum(differences, jnp.float32(0))
 
 
 def class_activation_map(features: jax.Array, classifier: jax.Array, labels: jax.Array) -> jax.Array:  # fmt: skip

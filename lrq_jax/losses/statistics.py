@@ -1,4 +1,4 @@
-"""The batch-norm statistics loss, in two forms."""
+"""The batch-norm statistics loss, in its forms, and that of images themselves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ Moments = tuple[jax.Array, jax.Array]
 
 SMALLEST_VARIANCE = 1e-3
 """Added to variances that are divided by: channels that are all but constant weigh no more."""
+_SMALLEST_SQUARE = 1e-6
+"""Added to variances whose root is taken; Genie's."""
 
 
 def batch_norm_statistics(inputs: Sequence[jax.Array], running: Sequence[Moments]) -> jax.Array:
@@ -59,8 +61,50 @@ def relative_batch_norm_statistics(inputs: Sequence[jax.Array], running: Sequenc
     return _mean_distance(inputs, running, distance)
 
 
-STATISTICS = {"variance": batch_norm_statistics, "relative": relative_batch_norm_statistics}
+def batch_norm_deviations(inputs: Sequence[jax.Array], running: Sequence[Moments]) -> jax.Array:
+    """As `batch_norm_statistics`, of standard deviations instead of variances, summed over layers.
+
+    `sum_l mean_c [ (mu - running_mean)^2 + (sigma - s)^2 ]` with sigma and s the batch's and the
+    running standard deviation, `_SMALLEST_SQUARE` added under both roots. Source: Genie
+    (arXiv 2212.04780), whose sigma of the batch is the unbiased one: no difference that matters.
+
+    Args, Returns, Raises: as `batch_norm_statistics`.
+    """
+
+    def distance(mean: jax.Array, variance: jax.Array, running: Moments) -> jax.Array:
+        running_mean, running_var = running
+        return jnp.square(mean - running_mean) + jnp.square(
+            _deviation(variance) - _deviation(running_var)
+        )
+
+    return _mean_distance(inputs, running, distance) * len(inputs)
+
+
+def image_statistics(images: jax.Array) -> jax.Array:
+    """Distance of each image's own statistics from those of normalised pixels, 0 and 1.
+
+    `mean_b sum_c [ mu_bc^2 + (sigma_bc - 1)^2 ]` over height and width. Source: Genie
+    (arXiv 2212.04780), which adds it to `batch_norm_deviations` with weight 1.
+
+    Args:
+      images: `[B, H, W, C]` in the teacher's normalised input space.
+    """
+    mean = jnp.mean(images, (1, 2))
+    variance = jnp.mean(jnp.square(images - mean[:, None, None]), (1, 2))
+    return jnp.mean(jnp.sum(jnp.square(mean) + jnp.square(_deviation(variance) - 1), -1))
+
+
+STATISTICS = {
+    "variance": batch_norm_statistics,
+    "relative": relative_batch_norm_statistics,
+    "deviation": batch_norm_deviations,
+}
 """Forms of the loss, by the name a method gives them."""
+
+
+def _deviation(variance: jax.Array) -> jax.Array:
+    """Its root, with a finite gradient at 0."""
+    return jnp.sqrt(variance + _SMALLEST_SQUARE)
 
 
 def _mean_distance(inputs: Sequence[jax.Array], running: Sequence[Moments],

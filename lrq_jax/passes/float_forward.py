@@ -20,13 +20,15 @@ Variables = dict[str, Any]
 Transform = Callable[[L.Layer, jax.Array], jax.Array]
 
 
-def _unchanged(layer: L.Layer, value: jax.Array) -> jax.Array:
+def unchanged(layer: L.Layer, value: jax.Array) -> jax.Array:
+    """The value as it is."""
     return value
 
 
 def float_forward(graph: Graph, variables: Variables, images: jax.Array, outputs: Iterable[str], *,
-                  kernel_transform: Transform = _unchanged,
-                  activation_transform: Transform = _unchanged) -> dict[str, jax.Array]:  # fmt: skip
+                  kernel_transform: Transform = unchanged,
+                  activation_transform: Transform = unchanged,
+                  input_transform: Transform = unchanged) -> dict[str, jax.Array]:  # fmt: skip
     """Values of the named tensors; layers they do not need are not computed.
 
     Args:
@@ -37,6 +39,7 @@ def float_forward(graph: Graph, variables: Variables, images: jax.Array, outputs
         the inputs of `graph.batch_norms`, `graph.block_outputs`.
       kernel_transform: applied to each kernel, with its layer, before use.
       activation_transform: applied to the value of each Activation layer.
+      input_transform: applied to what each Conv layer reads, with the layer; keeps its shape.
 
     Returns:
       `{name: [B, ...]}` for the names asked for.
@@ -56,7 +59,10 @@ def float_forward(graph: Graph, variables: Variables, images: jax.Array, outputs
         }
         if "kernel" in params:
             params["kernel"] = kernel_transform(layer, params["kernel"])
-        value = apply_layer(layer, params, *(values[name] for name in layer.inputs))
+        inputs = [values[name] for name in layer.inputs]
+        if isinstance(layer, L.Conv):
+            inputs = [input_transform(layer, x) for x in inputs]
+        value = apply_layer(layer, params, *inputs)
         if isinstance(layer, L.Activation):
             value = activation_transform(layer, value)
         values[layer.name] = value

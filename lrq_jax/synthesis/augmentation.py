@@ -74,6 +74,27 @@ def random_shift_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jax.vmap(one)(padded, corner)
 
 
+def swing(key: jax.Array, images: jax.Array, *, reach: int) -> jax.Array:
+    """Moves a batch, all of it alike, by up to `reach` pixels along each side, reflected at the edges.
+
+    Source: the swing convolution of Genie (arXiv 2212.04780), reach 1: what a strided convolution
+    reads is padded by reflection and cropped back at random, so that images are not optimised for
+    the pixels on its grid alone.
+
+    Args:
+      key: PRNG key.
+      images: maps `[B, H, W, C]`.
+      reach: at least 0.
+
+    Returns:
+      `[B, H, W, C]`; differentiable in `images`.
+    """
+    corner = jax.random.randint(key, (2,), 0, 2 * reach + 1)
+    edge = (reach, reach)
+    padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), mode="reflect")
+    return jax.lax.dynamic_slice(padded, (0, corner[0], corner[1], 0), images.shape)
+
+
 def unchanged(key: jax.Array, images: jax.Array) -> jax.Array:
     """The images as they are."""
     return images

@@ -25,7 +25,8 @@ from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.noise_pool import Pool, synthesize_pool
 from lrq_jax.training.real_pool import read_pool
 from lrq_jax.training.reconstruction import reconstructed
-from lrq_jax.training.steps import StepSpec, TrainState
+from lrq_jax.training.spec import StepSpec
+from lrq_jax.training.steps import TrainState
 
 STUDENT_LOSS = "student/loss"
 _GRID_IMAGES = 40

@@ -20,7 +20,7 @@ from lrq_jax.training import noise_steps
 from lrq_jax.training.compilation import compile_step, put_replicated
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.noise_steps import NoiseState
-from lrq_jax.training.steps import StepSpec
+from lrq_jax.training.spec import StepSpec
 
 _POOL_STREAM = 1
 """Folded into the run's seed, so that pool and training draw different numbers."""
@@ -74,12 +74,19 @@ def check_pool(path: str, config: dict[str, Any]) -> None:
         )
 
 
+_GENERATOR_FIELDS = ("attention", "conditioning", "generator_width", "latent_dim")
+"""Fields of a method that say what its generator is."""
+
+
 def _recipe(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that a pool's images depend on."""
+    names = {"adam_epsilon", "class_focus"}
+    if config["method"].get("noise_parameters") == "latents":
+        names.update(_GENERATOR_FIELDS)
     method = {
         name: value
         for name, value in config["method"].items()
-        if name.startswith(("noise_", "ama_")) or name in ("adam_epsilon", "class_focus")
+        if name.startswith(("noise_", "ama_")) or name in names
     }
     return {
         "teacher_sha256": config["teacher_sha256"],

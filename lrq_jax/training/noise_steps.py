@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lrq_jax import losses
+from lrq_jax.graph import Graph
+from lrq_jax.graph.layers import Layer
 from lrq_jax.losses.margin import Centers
 from lrq_jax.ops.straight_through import straight_through
 from lrq_jax.passes import float_forward
-from lrq_jax.passes.float_forward import Variables
+from lrq_jax.passes.float_forward import Transform, Variables, unchanged
 from lrq_jax.sharding import constrain_batch
-from lrq_jax.synthesis.augmentation import AUGMENTATIONS
+from lrq_jax.synthesis.augmentation import AUGMENTATIONS, swing
+from lrq_jax.synthesis.generator import generate, init_generator
 from lrq_jax.synthesis.low_pass import low_pass
+from lrq_jax.training.comparison import teacher_forward
 from lrq_jax.training.optimizers import noise_optimizer
-from lrq_jax.training.steps import Metrics, StepSpec, margin_loss, step_key, teacher_forward
+from lrq_jax.training.spec import StepSpec
+from lrq_jax.training.steps import margin_loss, step_key
+from lrq_jax.training.student_loss import Metrics
+
+_SWING_STREAM = 3
+"""Folded into an iteration's key; what it is split into otherwise stays as it was without."""
+
+Parameters = Any
+"""What is optimised: pixels `[B, H, W, C]`, or `{"latents": [B, latent_dim], "generator": ...}`."""
 
 
 class NoiseState(NamedTuple):
@@ -25,7 +37,7 @@ class NoiseState(NamedTuple):
 
     step: jax.Array
     key: jax.Array
-    images: jax.Array
+    parameters: Parameters
     labels: jax.Array
     opt: optax.OptState
     centers: Centers
@@ -35,25 +47,52 @@ def initial_noise(spec: StepSpec, key: jax.Array, centers: Centers) -> NoiseStat
     """A fresh batch N(0, 1) with random labels; `centers` are those of earlier batches."""
     image_key, label_key, run_key = jax.random.split(key, 3)
     method = spec.method
-    shape = (method.noise_batch_size, *spec.generator.image_shape)
-    images = constrain_batch(jax.random.normal(image_key, shape), spec.mesh)
+    parameters = _initial_parameters(spec, image_key)
     labels = jax.random.randint(
         label_key, (method.noise_batch_size,), 0, spec.generator.num_classes
     )
     return NoiseState(
         step=jnp.int32(0),
         key=jax.random.key_data(run_key),
-        images=images,
+        parameters=parameters,
         labels=constrain_batch(labels, spec.mesh),
-        opt=noise_optimizer(method).init(images),
+        opt=noise_optimizer(method).init(parameters),
         centers=centers,
     )
 
 
-def shown(images: jax.Array, *, spec: StepSpec) -> jax.Array:
-    """What the networks see of the optimised images: where the method asks for it without high
-    frequencies, and with every pixel one that a real image could hold. Gradients pass as if
-    nothing was clipped, so that a pixel can come back."""
+def _initial_parameters(spec: StepSpec, key: jax.Array) -> Parameters:
+    """N(0, 1), and a fresh generator where it is latents."""
+    batch = spec.method.noise_batch_size
+    if spec.method.noise_parameters == "pixels":
+        shape = (batch, *spec.generator.image_shape)
+        return constrain_batch(jax.random.normal(key, shape), spec.mesh)
+    latent_key, generator_key = jax.random.split(key)
+    latents = jax.random.normal(latent_key, (batch, spec.generator.latent_dim))
+    return {
+        "latents": constrain_batch(latents, spec.mesh),
+        "generator": _fresh_generator(spec.generator, generator_key),
+    }
+
+
+# Op by op each of its draws would be compiled on its own.
+_fresh_generator = jax.jit(init_generator, static_argnums=0)
+
+
+def shown(parameters: Parameters, labels: jax.Array, *, spec: StepSpec) -> jax.Array:
+    """The images `[B, H, W, C]` that the networks see of what is optimised.
+
+    Pixels are the images; latents z and the generator G are optimised together, and `G(z, y)` are.
+    Where the method asks for it they lose high frequencies, and every pixel becomes one that a
+    real image could hold; gradients pass as if nothing was clipped, so that a pixel can come
+    back. Source of the latents: Genie (arXiv 2212.04780); the generator is the method's own.
+    """
+    images = parameters
+    if spec.method.noise_parameters == "latents":
+        # The state is a copy on each device: without this each would make the whole batch.
+        latents, labels = (constrain_batch(x, spec.mesh) for x in (parameters["latents"], labels))
+        generator, latents = spec.resources.cast((parameters["generator"], latents))
+        images = generate(spec.generator, generator, latents, labels).astype(jnp.float32)
     if spec.method.noise_low_pass:
         images = low_pass(images, spec.method.noise_low_pass)
     if spec.method.noise_clip:
@@ -61,25 +100,50 @@ def shown(images: jax.Array, *, spec: StepSpec) -> jax.Array:
     return images
 
 
-def noise_loss(images: jax.Array, labels: jax.Array, key: jax.Array, teacher: Variables,
+def swung(graph: Graph, key: jax.Array, *, reach: int) -> Transform:
+    """Moves what each strided convolution reads (`synthesis.augmentation.swing`), each by a draw
+    of its own; what others read stays."""
+    place = {layer.name: number for number, layer in enumerate(graph.layers)}
+
+    def move(layer: Layer, x: jax.Array) -> jax.Array:
+        if max(getattr(layer, "strides", (1, 1))) == 1:
+            return x
+        return swing(jax.random.fold_in(key, place[layer.name]), x, reach=reach)
+
+    return move
+
+
+def noise_loss(parameters: Parameters, labels: jax.Array, key: jax.Array, teacher: Variables,
                centers: Centers, *, spec: StepSpec) -> tuple[jax.Array, Metrics]:  # fmt: skip
-    """`L_syn = w_bns * L_BNS + w_target * L_target + w_ama * (L_low + L_up)`."""
+    """`L_syn = w_bns * L_BNS + w_target * L_target + w_image * L_image + w_ama * (L_low + L_up)`.
+
+    The sources of the terms are those of their functions in `losses`; IntraQ (arXiv 2111.09136)
+    is L_target of probabilities, images augmented by `crop_flip` in half of the iterations (its
+    local object reinforcement) and the hinges without a margin (its marginal distance constraint).
+    """
     method = spec.method
-    images = shown(images, spec=spec)
+    images = shown(parameters, labels, spec=spec)
     augment_key, coin_key, target_key = jax.random.split(key, 3)
-    images = jax.lax.cond(
-        jax.random.bernoulli(coin_key, method.noise_augment_probability),
-        lambda x: AUGMENTATIONS[method.noise_augmentation](augment_key, x),
-        lambda x: x,
-        images,
-    )
-    logits, features, bns = teacher_forward(
+    if method.noise_augment_probability and method.noise_augmentation != "none":
+        images = jax.lax.cond(
+            jax.random.bernoulli(coin_key, method.noise_augment_probability),
+            lambda x: AUGMENTATIONS[method.noise_augmentation](augment_key, x),
+            lambda x: x,
+            images,
+        )
+    moved: Transform = unchanged
+    if method.noise_swing:
+        swing_key = jax.random.fold_in(key, _SWING_STREAM)
+        moved = swung(spec.graph, swing_key, reach=method.noise_swing)
+    values, bns = teacher_forward(
         spec.graph,
         teacher,
         images,
         resources=spec.resources,
         statistics=method.noise_statistics,
+        input_transform=moved,
     )
+    logits, features = values[spec.graph.output], values[spec.graph.features]
     if method.noise_target == "probability":
         lowest = method.noise_lowest_target
         targets = losses.sample_targets(target_key, labels.shape[0], lowest=lowest)
@@ -88,6 +152,9 @@ def noise_loss(images: jax.Array, labels: jax.Array, key: jax.Array, teacher: Va
         target = losses.focal_cross_entropy(logits, labels, focus=method.class_focus)
     terms = {"noise/bns": bns, "noise/target": target}
     total = method.noise_bns_weight * bns + method.noise_target_weight * target
+    if method.noise_image_weight:
+        terms["noise/image"] = losses.image_statistics(images)
+        total += method.noise_image_weight * terms["noise/image"]
     if method.ama_weight:
         terms["noise/ama"] = margin_loss(features, labels, centers, teacher, spec)
         total += method.ama_weight * terms["noise/ama"]
@@ -98,16 +165,17 @@ def noise_step(state: NoiseState, teacher: Variables, *, spec: StepSpec) -> tupl
     """One iteration on a batch of noise images."""
     gradient = jax.value_and_grad(noise_loss, has_aux=True)
     (loss, terms), grads = gradient(
-        state.images, state.labels, step_key(state), teacher, state.centers, spec=spec
+        state.parameters, state.labels, step_key(state), teacher, state.centers, spec=spec
     )
-    updates, opt = noise_optimizer(spec.method).update(grads, state.opt, state.images, value=loss)
-    images = optax.apply_updates(state.images, updates)
-    return state._replace(step=state.step + 1, images=images, opt=opt), terms
+    optimizer = noise_optimizer(spec.method)
+    updates, opt = optimizer.update(grads, state.opt, state.parameters, value=loss)
+    parameters = optax.apply_updates(state.parameters, updates)
+    return state._replace(step=state.step + 1, parameters=parameters, opt=opt), terms
 
 
 def finished_noise(state: NoiseState, teacher: Variables, *, spec: StepSpec) -> tuple[jax.Array, Centers]:  # fmt: skip
     """The finished images, and class centres with their features added."""
-    images = shown(state.images, spec=spec)
+    images = shown(state.parameters, state.labels, spec=spec)
     features = float_forward(spec.graph, teacher, images, (spec.graph.features,))
     centers = losses.update_centers(state.centers, features[spec.graph.features], state.labels)
     return images, centers

@@ -53,19 +53,41 @@ def generator_optimizer(method: Method) -> optax.GradientTransformation:
 
 
 def noise_optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
-    """Adam for images optimised from noise: on a cosine, or reduced (x 0.1) on a plateau."""
-    peak = method.noise_learning_rate
-    rate = peak
+    """Adam for images optimised from noise: on a cosine, or reduced (x 0.1) on a plateau.
+
+    Of pixels; or of `{"latents": ..., "generator": ...}`, the generator at a rate of its own, on
+    the same cosine, or decaying in steps beside the latents' plateau.
+    """
+
+    def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        return optax.adam(rate, b1=method.noise_beta1, b2=0.999, eps=method.adam_epsilon)
+
+    peak, of_generator = method.noise_learning_rate, method.noise_generator_rate
+    images: optax.GradientTransformation
     if method.noise_schedule == "cosine":
-        rate = learning_rate("cosine", peak, (), method.noise_iterations)
-    adam = optax.adam(rate, b1=method.noise_beta1, b2=0.999, eps=method.adam_epsilon)
-    if method.noise_schedule == "cosine":
-        return optax.with_extra_args_support(adam)
-    return optax.chain(
-        adam,
-        optax.contrib.reduce_on_plateau(
+        rates = (
+            learning_rate("cosine", rate, (), method.noise_iterations)
+            for rate in (peak, of_generator)
+        )
+        images, generator = map(adam, rates)
+    else:
+        plateau = optax.contrib.reduce_on_plateau(
             factor=0.1,
             patience=method.noise_plateau_patience,
             min_scale=method.noise_smallest_rate / peak,
-        ),
-    )
+        )
+        images = optax.chain(adam(peak), plateau)
+        generator = adam(
+            optax.exponential_decay(
+                of_generator,
+                method.noise_generator_decay_every,
+                method.noise_generator_decay,
+                staircase=True,
+            )
+        )
+    if method.noise_parameters == "latents":
+        images = optax.partition(
+            {"latents": images, "generator": generator},
+            {"latents": "latents", "generator": "generator"},
+        )
+    return optax.with_extra_args_support(images)

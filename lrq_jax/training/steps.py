@@ -5,7 +5,6 @@ Nothing here is jitted, sharded or donated; `training.compilation` does that in 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple, Protocol
 
@@ -14,29 +13,34 @@ import jax.numpy as jnp
 import optax
 
 from lrq_jax import losses
-from lrq_jax.graph import Graph
 from lrq_jax.losses.margin import Centers
-from lrq_jax.method import Method
-from lrq_jax.passes import Student, calibrate, float_forward, float_logits, student_forward
+from lrq_jax.passes import calibrate
 from lrq_jax.passes.bias_correction import bias_corrected
 from lrq_jax.passes.equalization import equalized
 from lrq_jax.passes.float_forward import Variables
 from lrq_jax.passes.kernels import kernel_parameters
 from lrq_jax.passes.rounding import rounded_weights, with_held_ranges
 from lrq_jax.quantizers.rounding import ROUNDINGS
-from lrq_jax.resources import DEFAULT_RESOURCES, Resources, accumulated_gradient
+from lrq_jax.resources import accumulated_gradient
 from lrq_jax.sharding import constrain_batch
 from lrq_jax.synthesis.augmentation import AUGMENTATIONS
-from lrq_jax.synthesis.generator import GeneratorSpec, generate, init_generator
+from lrq_jax.synthesis.generator import generate, init_generator
 from lrq_jax.synthesis.superposition import superposed_labels
 from lrq_jax.training.averaging import Average, initial_average, update_average
+from lrq_jax.training.comparison import (
+    Compared,
+    compared_tensors,
+    lesson_of,
+    taught,
+    teacher_forward,
+)
 from lrq_jax.training.inundation import inundated
 from lrq_jax.training.optimizers import (
     generator_optimizer,
     student_optimizer,
 )
-
-Metrics = dict[str, jax.Array]
+from lrq_jax.training.spec import StepSpec
+from lrq_jax.training.student_loss import Metrics, hard_labels, training_loss
 
 
 class Keyed(Protocol):
@@ -51,30 +55,6 @@ class Keyed(Protocol):
     def key(self) -> jax.Array:
         """Raw data of a random key."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepSpec:
-    """Everything static about a step.
-
-    Attributes:
-      student: the student; its graph is the teacher's too.
-      generator: the generator.
-      method: losses, schedules, optimisers.
-      mesh: device mesh with axis `data`, or None for one device.
-      resources: precision and memory.
-    """
-
-    student: Student
-    generator: GeneratorSpec
-    method: Method
-    mesh: Any = None  # a Mesh, which everything but single steps in tests has
-    resources: Resources = DEFAULT_RESOURCES
-
-    @property
-    def graph(self) -> Graph:
-        """The network."""
-        return self.student.graph
 
 
 class TrainState(NamedTuple):
@@ -153,29 +133,6 @@ def draw_latents(key: jax.Array, spec: StepSpec) -> tuple[jax.Array, jax.Array]:
     return constrain_batch(noise, spec.mesh), constrain_batch(labels, spec.mesh)
 
 
-def hard_labels(labels: jax.Array) -> jax.Array:
-    """Labels `[B]`: as they are, or the heaviest class of class weights `[B, K]`."""
-    return jnp.argmax(labels, axis=-1) if labels.ndim == 2 else labels
-
-
-def teacher_forward(graph: Graph, teacher: Variables, images: jax.Array, *,
-                    resources: Resources = DEFAULT_RESOURCES,
-                    statistics: str = "variance") -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Logits `[B, K]`, pooled features `[B, D]` and the BNS loss, in one of its forms
-    (`losses.STATISTICS`), of the frozen teacher; float32 whatever the teacher is computed in."""
-    taps = tuple(layer.inputs[0] for layer in graph.batch_norms)
-    outputs = (graph.output, graph.features, *taps)
-    cast_teacher, cast_images = resources.cast((teacher, images), smallest_rank=2)
-    values = float_forward(graph, cast_teacher, cast_images, outputs)
-    values = {name: value.astype(jnp.float32) for name, value in values.items()}
-    running = [
-        (teacher["batch_stats"][layer.name]["mean"], teacher["batch_stats"][layer.name]["var"])
-        for layer in graph.batch_norms
-    ]
-    bns = losses.STATISTICS[statistics]([values[name] for name in taps], running)
-    return values[graph.output], values[graph.features], bns
-
-
 def margin_loss(features: jax.Array, labels: jax.Array, centers: Centers, teacher: Variables,
                 spec: StepSpec) -> jax.Array:  # fmt: skip
     """AMA's `L_low + L_up` against the configured class centres."""
@@ -198,12 +155,15 @@ def synthesis_loss(generator: Any, teacher: Variables, centers: Centers, noise: 
     """`L_G = CE + w_bns * BNS + w_ama * (L_low + L_up)`.
 
     Returns:
-      The loss, and `{"images", "logits", "features"}` plus the terms as metrics under `"terms"`.
+      The loss, and `{"images", "lesson", "features"}` plus the terms as metrics under `"terms"`.
     """
     method = spec.method
     cast_generator, cast_noise = spec.resources.cast((generator, noise))
     images = generate(spec.generator, cast_generator, cast_noise, labels).astype(jnp.float32)
-    logits, features, bns = teacher_forward(spec.graph, teacher, images, resources=spec.resources)
+    values, bns = teacher_forward(
+        spec.graph, teacher, images, compared_tensors(spec), resources=spec.resources
+    )
+    logits, features = values[spec.graph.output], values[spec.graph.features]
     terms = {
         "generator/ce": losses.focal_cross_entropy(logits, labels, focus=method.class_focus),
         "generator/bns": bns,
@@ -213,37 +173,8 @@ def synthesis_loss(generator: Any, teacher: Variables, centers: Centers, noise: 
         terms["generator/ama"] = margin_loss(features, hard_labels(labels), centers, teacher, spec)
         total += method.ama_weight * terms["generator/ama"]
     terms["generator/loss"] = total
-    return total, {"images": images, "logits": logits, "features": features, "terms": terms}
-
-
-def student_loss(trainable: Variables, student: Variables, images: jax.Array, labels: jax.Array,
-                 teacher_logits: jax.Array, *, spec: StepSpec) -> tuple[jax.Array, Metrics]:  # fmt: skip
-    """`L_S = w_ce * CE + distillation` of the quantized student."""
-    method, output = spec.method, spec.graph.output
-    variables = spec.student.with_trainable(student, trainable)
-    logits = student_forward(spec.student, variables, images, (output,))[output]
-    if method.student_loss == "dkd":
-        distill = losses.decoupled_distillation(
-            logits,
-            teacher_logits,
-            hard_labels(labels),
-            alpha=method.distill_weight,
-            beta=method.dkd_beta,
-            temperature=method.temperature,
-        )
-    else:
-        distill = method.distill_weight * losses.distillation(
-            logits, teacher_logits, temperature=method.temperature, reduction=method.kd_reduction
-        )
-    terms = {
-        "student/ce": losses.easy_cross_entropy(
-            logits, teacher_logits, labels, hardest=method.ce_hardest
-        ),
-        "student/distill": distill,
-    }
-    agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(teacher_logits, -1))
-    total = method.ce_weight * terms["student/ce"] + distill
-    return total, {**terms, "student/loss": total, "student/agreement": agreement}
+    lesson = taught(values, teacher, spec)
+    return total, {"images": images, "lesson": lesson, "features": features, "terms": terms}
 
 
 def _update_generator(state: TrainState, teacher: Variables, key: jax.Array, spec: StepSpec) -> tuple[TrainState, dict[str, Any], jax.Array]:  # fmt: skip
@@ -262,14 +193,16 @@ def _update_generator(state: TrainState, teacher: Variables, key: jax.Array, spe
     return state, jax.lax.stop_gradient(aux), labels
 
 
-def _update_student(state: TrainState, images: jax.Array, labels: jax.Array,
-                    teacher_logits: jax.Array, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
+def _update_student(state: TrainState, teacher: Variables, images: jax.Array, labels: jax.Array,
+                    lesson: Compared, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
     loss = spec.resources.rematerialized(
-        lambda trainable, *batch: student_loss(trainable, state.student, *batch, spec=spec)
+        lambda trainable, *batch: training_loss(
+            trainable, state.student, teacher, *batch, spec=spec
+        )
     )
     gradient = accumulated_gradient(loss, spec.resources.micro_batches, spec.mesh)
     trainable = spec.student.trainable(state.student)
-    grads, terms = gradient(trainable, images, labels, teacher_logits)
+    grads, terms = gradient(trainable, images, labels, lesson)
     updates, opt = student_optimizer(spec.method).update(grads, state.student_opt, trainable)
     if spec.method.inundation:
         updates = _inundated(updates, state.student, spec)
@@ -322,7 +255,7 @@ def calibration_step(state: TrainState, teacher: Variables, *, spec: StepSpec) -
 def joint_step(state: TrainState, teacher: Variables, *, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Updates the generator, then the student on the same images; one teacher forward for both."""
     state, aux, labels = _update_generator(state, teacher, step_key(state), spec)
-    state, terms = _update_student(state, aux["images"], labels, aux["logits"], spec)
+    state, terms = _update_student(state, teacher, aux["images"], labels, aux["lesson"], spec)
     return state._replace(step=state.step + 1), {**aux["terms"], **terms}
 
 
@@ -343,9 +276,8 @@ def pool_step(state: TrainState, teacher: Variables, images: jax.Array, labels: 
       labels: `[N]`.
     """
     batch, labels = _draw(state, images, labels, spec)
-    cast = spec.resources.cast((teacher, batch), smallest_rank=2)
-    teacher_logits = float_logits(spec.graph, *cast).astype(jnp.float32)
-    state, terms = _update_student(state, batch, labels, teacher_logits, spec)
+    lesson = lesson_of(teacher, batch, spec)
+    state, terms = _update_student(state, teacher, batch, labels, lesson, spec)
     return state._replace(step=state.step + 1), terms
 
 
