@@ -240,7 +240,7 @@ def test_a_pool_depends_on_the_generator_that_made_it():
 
 def test_calibration_on_a_pool_changes_ranges_alone(rng):
     spec = spec_of(calibration_images="pool", augmentation="shift_flip")
-    before = steps.initial_state(spec, VARIABLES, 0)
+    before = jax.jit(steps.initial_state, static_argnums=(0, 2))(spec, VARIABLES, 0)
     images = jnp.asarray(rng.standard_normal((16, 8, 8, 1)), jnp.float32)
     step = jax.jit(functools.partial(steps.pool_calibration_step, spec=spec))
     after, _ = step(before, VARIABLES, images, jnp.arange(16) % 10)

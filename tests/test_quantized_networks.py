@@ -85,7 +85,7 @@ def check_trains(arch, placement, count):
     """Ranges and `count` steps of lrq; a student that computes finite logits near its teacher's."""
     spec, teacher = specification(arch, placement), small_teacher(arch)
     variables = jax.tree.map(jax.numpy.asarray, teacher.variables)
-    state = steps.initial_state(spec, variables, 0)
+    state = jax.jit(steps.initial_state, static_argnums=(0, 2))(spec, variables, 0)
     before = state.student
     plan = [steps.warmup_step, steps.calibration_step] + [steps.joint_step] * count
     compiled = {step: jax.jit(functools.partial(step, spec=spec)) for step in dict.fromkeys(plan)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -81,78 +82,85 @@ TEACHER = tiny_teacher()
 
 
 @functools.cache
-def run_steps(settings, functions, devices=1):
-    """Final state, metrics of each step in turn, and the last step's compiled program as text."""
+def run_steps(settings, functions):
+    """State after these steps, and metrics of each in turn.
+
+    Operation by operation: these are compiled once for all tests, a whole step for each setting.
+    """
+    spec = step_spec(TEACHER, settings, None)
+    variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
+    if not functions:
+        return jax.jit(steps.initial_state, static_argnums=(0, 2))(spec, variables, 0), []
+    state, history = run_steps(settings, functions[:-1])
+    with jax.disable_jit():
+        state, metrics = functions[-1](state, variables, spec=spec)
+    assert all(np.isfinite(np.asarray(value)).all() for value in metrics.values()), metrics
+    return state, [*history, {name: float(value) for name, value in metrics.items()}]
+
+
+def compiled_steps(settings, functions, devices):
+    """Metrics of each step in turn, and the last step's compiled program as text."""
     mesh = data_mesh(devices)
     spec = step_spec(TEACHER, settings, mesh)
     variables = put_replicated(TEACHER.variables, mesh)
-    state = put_replicated(steps.initial_state(spec, variables, settings.seed), mesh)
+    start = jax.jit(steps.initial_state, static_argnums=(0, 2))
+    state = put_replicated(start(spec, TEACHER.variables, settings.seed), mesh)
     history, programs = [], {}
     for function in functions:
         if function not in programs:
             programs[function] = compile_step(function, state, variables, mesh=mesh, spec=spec)
         state, metrics = programs[function](state, variables)
         history.append({name: float(value[0]) for name, value in metrics.items()})
-    return jax.device_get(state), history, programs[functions[-1]].as_text()
+    return history, programs[functions[-1]].as_text()
 
 
 def test_each_step_updates_what_it_should_and_nothing_else():
-    settings = tiny_settings()
-    spec = step_spec(TEACHER, settings, None)
-    variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
-    before = steps.initial_state(spec, variables, 0)
+    plan = (steps.warmup_step, steps.calibration_step, steps.joint_step)
+    states = [run_steps(tiny_settings(), plan[:count])[0] for count in range(4)]
 
-    def changed(function, state):
-        after, _ = jax.jit(functools.partial(function, spec=spec))(state, variables)
-        names = {
+    def changed(before, after):
+        parts = [
+            (name, getattr(before, name), getattr(after, name)) for name in ("generator", "centers")
+        ]
+        parts += [
+            (f"student.{name}", before.student[name], after.student[name])
+            for name in ("params", "batch_stats", "quant")
+        ]
+        assert int(after.step) == int(before.step) + 1
+        return {
             name
-            for name in ("generator", "centers")
+            for name, *trees in parts
             if any(
-                not np.array_equal(a, b)
-                for a, b in zip(
-                    jax.tree.leaves(getattr(state, name)),
-                    jax.tree.leaves(getattr(after, name)),
-                    strict=True,
-                )
+                not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, trees), strict=True)
             )
         }
-        for part in ("params", "batch_stats", "quant"):
-            pairs = zip(
-                jax.tree.leaves(state.student[part]),
-                jax.tree.leaves(after.student[part]),
-                strict=True,
-            )
-            if any(not np.array_equal(a, b) for a, b in pairs):
-                names.add(f"student.{part}")
-        assert int(after.step) == int(state.step) + 1
-        return names, after
 
-    names, state = changed(steps.warmup_step, before)
-    assert names == {"generator", "centers"}
-    names, state = changed(steps.calibration_step, state)
-    assert names == {"generator", "centers", "student.quant"}
-    names, state = changed(steps.joint_step, state)
-    assert names == {"generator", "centers", "student.params"}
+    assert [changed(*pair) for pair in itertools.pairwise(states)] == [
+        {"generator", "centers"},
+        {"generator", "centers", "student.quant"},
+        {"generator", "centers", "student.params"},
+    ]
 
 
 @pytest.mark.parametrize("learned_steps", ["none", "both"])
 @pytest.mark.parametrize("placement", ["integer", "paper"])
 def test_every_student_parameter_gets_a_gradient(placement, learned_steps):
-    settings = tiny_settings(attention="none")
+    settings = tiny_settings()
     student = dataclasses.replace(
         settings.student, placement=placement, learned_steps=learned_steps
     )
-    spec = step_spec(TEACHER, dataclasses.replace(settings, student=student), None)
-    variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
-    state = steps.initial_state(spec, variables, 0)
-    state, _ = jax.jit(functools.partial(steps.calibration_step, spec=spec))(state, variables)
+    settings = dataclasses.replace(settings, student=student)
+    spec = step_spec(TEACHER, settings, None)
+    state, _ = run_steps(settings, CALIBRATED[:1])
     images = jax.random.normal(jax.random.key(1), (16, 8, 8, 1))
     labels = jax.numpy.arange(16) % 10
-    gradient = jax.jit(jax.grad(student_loss, has_aux=True), static_argnames="spec")
     lesson = Compared(jax.random.normal(jax.random.key(2), (16, 10)))
     trainable = spec.student.trainable(state.student)
     assert len(trainable["stretch"]) == (2 if learned_steps == "both" else 0)
-    grads, _ = gradient(trainable, state.student, images, labels, lesson, spec=spec)
+    with jax.disable_jit():
+        grads, _ = jax.grad(student_loss, has_aux=True)(
+            trainable, state.student, images, labels, lesson, spec=spec
+        )
     zero = [
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
@@ -210,9 +218,15 @@ def test_the_student_loss_leaves_the_generator_alone():
     ids=lambda switched: next(iter(switched)),
 )
 def test_each_ingredient_changes_program_and_result(switched):
-    full = run_steps(tiny_settings(**FIRING), CALIBRATED)
-    without = run_steps(tiny_settings(**{**FIRING, **switched}), CALIBRATED)
-    assert full[2] != without[2]
+    settings = tiny_settings(**FIRING), tiny_settings(**{**FIRING, **switched})
+    full, without = (run_steps(each, CALIBRATED) for each in settings)
+    programs = [
+        jax.jit(functools.partial(steps.joint_step, spec=step_spec(TEACHER, each, None)))
+        .lower(state, TEACHER.variables)
+        .as_text()
+        for each, (state, _) in zip(settings, (full, without), strict=True)
+    ]
+    assert programs[0] != programs[1]
     assert full[1][-1]["student/loss"] != without[1][-1]["student/loss"]
     kernels = [run[0].student["params"]["classifier"]["kernel"] for run in (full, without)]
     assert not np.array_equal(*kernels)
@@ -226,7 +240,7 @@ def test_each_further_ingredient_changes_the_losses(switched):
     spec = step_spec(TEACHER, tiny_settings(attention="none", **switched), None)
     plain = step_spec(TEACHER, tiny_settings(attention="none"), None)
     variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
-    state = steps.initial_state(plain, variables, 0)
+    state, _ = run_steps(tiny_settings(attention="none"), ())
     found = []
     for each in (plain, spec):
         noise, labels = steps.draw_latents(jax.random.key(1), each)
@@ -359,8 +373,8 @@ def test_one_device_equals_eight():
     """
     settings = tiny_settings(adam_epsilon=1e-2, student_optimizer="sgd")
     functions = (*CALIBRATED, steps.joint_step)
-    _, one, _ = run_steps(settings, functions, devices=1)
-    _, eight, text = run_steps(settings, functions, devices=8)
+    one, _ = compiled_steps(settings, functions, 1)
+    eight, text = compiled_steps(settings, functions, 8)
     for first, second in zip(one, eight, strict=True):
         for name, value in first.items():
             assert second[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
@@ -374,7 +388,8 @@ def test_the_compiled_step_refuses_other_shapes_instead_of_recompiling():
     mesh = data_mesh(1)
     spec = step_spec(TEACHER, settings, mesh)
     variables = put_replicated(TEACHER.variables, mesh)
-    state = put_replicated(steps.initial_state(spec, variables, 0), mesh)
+    start = jax.jit(steps.initial_state, static_argnums=(0, 2))
+    state = put_replicated(start(spec, variables, 0), mesh)
     program = compile_step(steps.warmup_step, state, variables, mesh=mesh, spec=spec)
     compilations = []
     with jax.log_compiles(False):
@@ -393,9 +408,10 @@ def test_several_steps_a_dispatch_equal_single_ones():
     mesh = data_mesh(1)
     spec = step_spec(TEACHER, settings, mesh)
     variables = put_replicated(TEACHER.variables, mesh)
+    start = jax.jit(steps.initial_state, static_argnums=(0, 2))
 
     def after(count, calls):
-        state = put_replicated(steps.initial_state(spec, variables, 0), mesh)
+        state = put_replicated(start(spec, variables, 0), mesh)
         program = compile_step(
             steps.warmup_step, state, variables, mesh=mesh, count=count, spec=spec
         )
