@@ -63,6 +63,7 @@ def start(workdir):
     """The command line, as a person starts it, on one device."""
     command = [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *TINY_RUN]
     environment = {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(REPOSITORY),
         "PATH": "/usr/bin:/bin",
         "HOME": str(workdir.parent),
