@@ -16,9 +16,11 @@ from lrq_jax.graph import GraphBuilder
 from lrq_jax.graph.layers import Conv
 from lrq_jax.passes import float_forward
 from lrq_jax.quantize import step_spec
+from lrq_jax.sharding import data_mesh
 from lrq_jax.synthesis.generator import generate
 from lrq_jax.synthesis.low_pass import low_pass
 from lrq_jax.training import noise_pool, noise_steps, steps
+from lrq_jax.training.compilation import compile_step, put_replicated
 from lrq_jax.training.optimizers import noise_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -160,6 +162,18 @@ def strided_teacher():
     net.dense(net.global_pool(x), 10, name="classifier")
     graph = net.build()
     return dataclasses.replace(TEACHER, graph=graph, variables=random_variables(graph))
+
+
+def test_each_device_optimises_its_share_of_the_batch():
+    mesh, teacher = data_mesh(8), strided_teacher()
+    method = {"images": "noise", "noise_augment_probability": 0.0, "noise_bns_weight": 1.0}
+    spec = step_spec(teacher, tiny_settings(attention="none", **method), mesh)
+    state = noise_steps.initial_noise(spec, jax.random.key(3), CENTERS)
+    state, variables = (put_replicated(tree, mesh) for tree in (state, teacher.variables))
+    step = compile_step(noise_steps.noise_step, state, variables, mesh=mesh, spec=spec)
+    text = step.as_text()
+    assert "f32[1,4,4,8]" in text, "the batch of 8 is not split over 8 devices"
+    assert "f32[8,4,4,8]" not in text, "a device computes feature maps of the whole batch"
 
 
 # ---- latents -------------------------------------------------------------------------------------

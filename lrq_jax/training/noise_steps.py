@@ -87,9 +87,10 @@ def shown(parameters: Parameters, labels: jax.Array, *, spec: StepSpec) -> jax.A
     real image could hold; gradients pass as if nothing was clipped, so that a pixel can come
     back. Source of the latents: Genie (arXiv 2212.04780); the generator is the method's own.
     """
-    images = parameters
-    if spec.method.noise_parameters == "latents":
-        # The state is a copy on each device: without this each would make the whole batch.
+    # The state is a copy on each device: unconstrained, each would compute the whole batch.
+    if spec.method.noise_parameters == "pixels":
+        images = constrain_batch(parameters, spec.mesh)
+    else:
         latents, labels = (constrain_batch(x, spec.mesh) for x in (parameters["latents"], labels))
         generator, latents = spec.resources.cast((parameters["generator"], latents))
         images = generate(spec.generator, generator, latents, labels).astype(jnp.float32)
