@@ -17,6 +17,8 @@ from lrq_jax.networks.cifar_resnet import cifar_resnet
 from lrq_jax.passes.float_forward import float_forward, float_logits
 from lrq_jax.readers import load_teacher
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_BYTES = 1_000_000
 

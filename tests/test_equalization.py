@@ -19,6 +19,8 @@ from lrq_jax.passes.equalization import equalized
 from lrq_jax.passes.moments import clipped_normal, tensor_moments
 from lrq_jax.quantizers.affine import dequantize, quantize_weight, weight_parameters
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def with_true_statistics(graph, variables, images):
     """The variables with each batch norm's statistics those of what it reads."""

@@ -19,6 +19,8 @@ from lrq_jax.passes.float_forward import float_logits
 from lrq_jax.readers import ReaderError, convert_teacher, load_teacher, save_teacher
 from lrq_jax.readers.padding import with_tf_same
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GIVEN = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 # --- the reference: ResNets as in flax's examples/imagenet/models.py -----------------------------

@@ -23,6 +23,8 @@ from lrq_jax.synthesis.generator import (
 )
 from lrq_jax.synthesis.initializers import affine_init, embedding_init, scale_and_bias_init
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = GeneratorSpec(
     image_shape=(8, 12, 3), num_classes=4, attention="none", latent_dim=5, width=6
 )

@@ -16,6 +16,8 @@ from lrq_jax.quantize import step_spec
 from lrq_jax.readers import Teacher
 from lrq_jax.training import steps
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 slow = pytest.mark.skipif(
     "LRQ_SLOW_TESTS" not in os.environ,
     reason="compiles every network, tens of minutes: set LRQ_SLOW_TESTS=1 to run it",

@@ -14,6 +14,8 @@ from lrq_jax.passes import QuantSpec, Student, calibrate, student_forward
 from lrq_jax.passes.float_forward import float_logits
 from lrq_jax.readers import load_teacher
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Your own Flax model")[2].partition("\n## ")[0]
 LINEN, NNX = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
