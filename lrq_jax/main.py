@@ -168,7 +168,7 @@ def main(argv: Sequence[str]) -> None:
     if _LIST.value or _FIELDS.value:
         say(overview() if _LIST.value else fields_text())
         return
-    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes first
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
     try:
         if _CONFIG.value.distributed:

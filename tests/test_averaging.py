@@ -1,4 +1,4 @@
-"""The running average of weights: its formula, what of it ships, and that it costs nothing unused."""
+"""The running average of weights: its formula, and that it ships; its steps are in `test_steps`."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_steps import CALIBRATED, TEACHER, run_steps, tiny_settings
+from test_steps import TEACHER, tiny_settings
 
 from lrq_jax.passes import freeze
 from lrq_jax.quantize import prepare, quantize, step_spec
@@ -28,45 +28,6 @@ def test_average_against_a_second_version(rng, decay):
         expected = weights if n == 0 else d * expected + (1 - d) * weights
         np.testing.assert_allclose(average.weights["w"], expected, rtol=1e-5, atol=1e-6)
     assert int(average.updates) == 30
-
-
-def test_steps_average_the_trainable_weights_and_train_as_without():
-    settings = tiny_settings(average_decay=0.5)
-    spec = step_spec(TEACHER, settings, None)
-    functions = (*CALIBRATED, steps.joint_step)
-    expected, count = None, 0
-    for stop in range(2, len(functions) + 1):
-        state, *_ = run_steps(settings, functions[:stop])
-        plain, *_ = run_steps(tiny_settings(), functions[:stop])
-        jax.tree.map(np.testing.assert_array_equal, state.student, plain.student)
-        new = spec.student.trainable(state.student)
-        d = min(0.5, count / (count + 9))
-        expected = new if not count else jax.tree.map(lambda a, w, d=d: d * a + (1 - d) * w, expected, new)  # fmt: skip
-        count += 1
-    assert int(state.average.updates) == count == 3
-    final = steps.final_student(state, spec=spec)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
-        spec.student.trainable(final),
-        expected,
-    )
-    jax.tree.map(np.testing.assert_array_equal, final["batch_stats"], state.student["batch_stats"])
-    assert not np.array_equal(
-        final["params"]["classifier"]["kernel"], state.student["params"]["classifier"]["kernel"]
-    )
-
-
-def test_without_it_nothing_is_kept_and_the_last_weights_ship():
-    settings = tiny_settings()
-    state, *_ = run_steps(settings, CALIBRATED)
-    assert jax.tree.leaves(state.average.weights) == []
-    assert steps.final_student(state, spec=step_spec(TEACHER, settings, None)) is state.student
-
-
-def test_before_the_first_update_the_student_itself_ships():
-    settings = tiny_settings(average_decay=0.5)
-    state, *_ = run_steps(settings, CALIBRATED[:1])
-    assert steps.final_student(state, spec=step_spec(TEACHER, settings, None)) is state.student
 
 
 def test_the_codes_on_disk_are_those_of_the_average(tmp_path, monkeypatch):

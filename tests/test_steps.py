@@ -365,6 +365,45 @@ def test_inundated_steps_change_their_share_of_every_kernels_codes():
         assert changed > 0.05, name  # the range follows the kernel, so some thresholds move too
 
 
+def test_steps_average_the_trainable_weights_and_train_as_without():
+    settings = tiny_settings(average_decay=0.5)
+    spec = step_spec(TEACHER, settings, None)
+    functions = (*CALIBRATED, steps.joint_step)
+    expected, count = None, 0
+    for stop in range(2, len(functions) + 1):
+        state, *_ = run_steps(settings, functions[:stop])
+        plain, *_ = run_steps(tiny_settings(), functions[:stop])
+        jax.tree.map(np.testing.assert_array_equal, state.student, plain.student)
+        new = spec.student.trainable(state.student)
+        d = min(0.5, count / (count + 9))
+        expected = new if not count else jax.tree.map(lambda a, w, d=d: d * a + (1 - d) * w, expected, new)  # fmt: skip
+        count += 1
+    assert int(state.average.updates) == count == 3
+    final = steps.final_student(state, spec=spec)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        spec.student.trainable(final),
+        expected,
+    )
+    jax.tree.map(np.testing.assert_array_equal, final["batch_stats"], state.student["batch_stats"])
+    assert not np.array_equal(
+        final["params"]["classifier"]["kernel"], state.student["params"]["classifier"]["kernel"]
+    )
+
+
+def test_without_it_nothing_is_kept_and_the_last_weights_ship():
+    settings = tiny_settings()
+    state, *_ = run_steps(settings, CALIBRATED)
+    assert jax.tree.leaves(state.average.weights) == []
+    assert steps.final_student(state, spec=step_spec(TEACHER, settings, None)) is state.student
+
+
+def test_before_the_first_update_the_student_itself_ships():
+    settings = tiny_settings(average_decay=0.5)
+    state, *_ = run_steps(settings, CALIBRATED[:1])
+    assert steps.final_student(state, spec=step_spec(TEACHER, settings, None)) is state.student
+
+
 def test_one_device_equals_eight():
     """Losses of three joint steps agree to 1e-5, and each device holds an eighth of the batch.
 
