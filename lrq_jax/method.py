@@ -172,9 +172,10 @@ class Method:
         for name in ("student_momentum", "generator_beta1", "noise_beta1", "average_decay"):
             self._check(name, minimum=0, maximum=0.9999)
         for name in ("superposition", "ce_hardest", "inundation", "noise_lowest_target",
-                     "noise_augment_probability", "noise_generator_decay", "reconstruction_warmup",
+                     "noise_augment_probability", "reconstruction_warmup",
                      "reconstruction_drop"):  # fmt: skip
             self._check(name, minimum=0, maximum=1)
+        self._check("noise_generator_decay", minimum=1e-12, maximum=1)
         self._check("ama_margin", minimum=0, maximum=math.pi)
         for name in ("ama_lower", "ama_upper"):  # of 1 - cosine
             self._check(name, minimum=0, maximum=2)

@@ -89,8 +89,9 @@ def intraq(*, large_images: bool) -> Preset:
     Its parts: local object reinforcement (`crop_flip` in half of the iterations), the marginal
     distance constraint (AMA's hinges without a margin, LRQ's addition), the soft inception loss
     (`noise_target` of probabilities); then plain distillation. Constants of its ResNet-20 runs on
-    CIFAR-10 and, as LRQ's code has them, of ResNet-18. Only LRQ's schedule differs: IntraQ counts
-    its warm-up of 800 steps in [open].
+    CIFAR-10 and, as LRQ's code has them, of ResNet-18. Differences [open]: IntraQ counts its
+    warm-up of 800 steps in; its warm-up generator has no hinges and makes 16 images a step;
+    gradients are clipped here.
     """
     return _changed(
         lrq_released(large_images=large_images),
@@ -111,7 +112,8 @@ def hast(*, large_images: bool) -> Preset:
     Constants of its CIFAR-10 and ResNet-18 runs. Differences [open]: where channels are aligned
     (every tensor that all of the network passes through, the sum of a residual block; HAST: what
     a block adds), the warm-up generator's focal loss (HAST: cross-entropy), crops of 0.5 to 1 of
-    an image at 224 px (HAST: 0.4), 16 images a step there (HAST: 4 on each of its GPUs).
+    an image at 224 px (HAST: 0.4), 16 images a step there (HAST: 4 on each of its GPUs), gradients
+    clipped.
     """
     return _changed(
         intraq(large_images=large_images),
@@ -133,7 +135,9 @@ def genie(*, large_images: bool) -> Preset:
 
     Constants of its ResNet-18 runs, at every size [open]. Differences [open]: the generator is
     LRQ's, with a class for each image (no loss asks for it) and long-range attention; AdaRound's
-    weight steps stay as searched (Genie-M learns them); ranges are seen on 16 batches.
+    weight steps stay as searched (Genie-M learns them); the exponent of its regularizer falls on a
+    cosine (Genie: a line); an activation step's rate is that of its logarithm; ranges are seen on
+    16 batches.
     """
     method = Method(
         images="noise",

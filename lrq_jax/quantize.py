@@ -79,6 +79,11 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh |
             _ = teacher.graph.last_map
         except ValueError as error:
             raise ValueError(f"method.cam_alignment: {error}") from error
+    if method.channel_alignment and method.equalize:
+        raise ValueError(
+            "method.equalize: found True with channel_alignment, expected False: equalization "
+            "rescales the channels whose shares are aligned with the teacher's"
+        )
     devices = 1 if mesh is None else mesh.devices.size
     parts = {"batch_size": devices * settings.resources.micro_batches}
     if method.makes_pool:

@@ -381,6 +381,7 @@ def test_settings_carry_every_other_field_and_hash():
         ("method.class_focus", -1.0),
         ("method.channel_alignment", -1.0),
         ("method.cam_alignment", math.inf),
+        ("method.noise_generator_decay", 0.0),
         ("method.perturbation", math.nan),
         ("method.noise_parameters", "voxels"),
         ("method.noise_generator_rate", 0.0),

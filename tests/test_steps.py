@@ -14,7 +14,7 @@ from lrq_jax.config import base_config, resolve
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import GraphBuilder
 from lrq_jax.passes import QuantSpec, calibrate, float_forward, freeze, student_forward
-from lrq_jax.passes.kernels import coarse_kernel
+from lrq_jax.passes.kernels import coarse_kernel, lineage_kernel
 from lrq_jax.quantize import step_spec
 from lrq_jax.readers import Teacher
 from lrq_jax.sharding import data_mesh
@@ -303,6 +303,24 @@ def test_the_student_is_aligned_at_block_outputs_and_at_the_last_map(compared_pa
     np.testing.assert_allclose(terms["student/cam"], cam, rtol=1e-4)
     plain = terms["student/ce"] + terms["student/distill"]
     np.testing.assert_allclose(total, plain + 30 * channel + 5 * cam, rtol=1e-5)
+
+
+def test_channels_that_are_rescaled_are_not_aligned():
+    settings = tiny_settings(channel_alignment=1.0, equalize=True)
+    with pytest.raises(ValueError, match=r"method\.equalize: found True .* expected False"):
+        step_spec(TEACHER, settings, None)
+
+
+def test_the_kernel_behind_an_activation_map_is_the_one_the_paper_placement_uses(compared_pair):
+    spec, variables, _, images, _ = compared_pair
+    paper = dataclasses.replace(spec.student, spec=QuantSpec(placement="paper", weight_bits=3))
+    _, student = calibrate(paper, paper.initial_variables(variables), images)
+    graph = spec.graph
+    values = student_forward(paper, student, images, (graph.features, graph.output))
+    kernel = lineage_kernel(paper.spec, student, paper.operations[-1])
+    bias = student["params"][graph.classifier.name]["bias"]
+    expected = values[graph.features] @ kernel + bias
+    np.testing.assert_allclose(values[graph.output], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_perturbed_images_are_harder_and_their_loss_is_added(compared_pair):

@@ -9,6 +9,7 @@ from lrq_jax.passes.plan import Operation, QuantSpec
 from lrq_jax.quantizers.affine import (
     AffineParameters,
     dequantize,
+    lineage_fake_quant,
     quantize_weight,
     weight_parameters,
 )
@@ -44,10 +45,20 @@ def kernel_parameters(spec: QuantSpec, variables: Variables, operation: Operatio
 
 
 def coarse_kernel(spec: QuantSpec, variables: Variables, operation: Operation) -> jax.Array:
-    """Real values that the codes of an operation's kernel stand for, its batch norm left out."""
+    """Real values that the codes of an operation's kernel stand for, its batch norm left out.
+    Gradients are those of the `integer` placement's forward pass."""
     kernel = variables["params"][operation.layer.name]["kernel"]
     parameters = kernel_parameters(spec, variables, operation)
-    return dequantize(quantize_weight(kernel, parameters, operation.weight_bits), parameters)
+    clip_mask = spec.learns_weight_steps
+    codes = quantize_weight(kernel, parameters, operation.weight_bits, clip_mask=clip_mask)
+    return dequantize(codes, parameters)
+
+
+def lineage_kernel(spec: QuantSpec, variables: Variables, operation: Operation) -> jax.Array:
+    """An operation's kernel as the `paper` placement's forward pass sees it."""
+    kernel = variables["params"][operation.layer.name]["kernel"]
+    limits = kernel_range(spec, variables, operation)
+    return lineage_fake_quant(kernel, limits["low"], limits["high"], bits=operation.weight_bits)
 
 
 def _observed_range(spec: QuantSpec, kernel: jax.Array, bits: int) -> Range:

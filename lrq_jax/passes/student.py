@@ -24,7 +24,12 @@ from lrq_jax.passes.integer_forward import (
     execute,
     integer_forward,
 )
-from lrq_jax.passes.kernels import kernel_parameters, kernel_range, weight_ranges
+from lrq_jax.passes.kernels import (
+    kernel_parameters,
+    kernel_range,
+    lineage_kernel,
+    weight_ranges,
+)
 from lrq_jax.passes.plan import (
     LEARNED_STEPS,
     Operation,
@@ -343,10 +348,7 @@ def _paper_forward(student: Student, variables: Variables, images: jax.Array,
     act_bits = {op.output: op.output_bits for op in student.operations}
 
     def kernel_transform(layer: L.Layer, kernel: jax.Array) -> jax.Array:
-        operation = weighted[layer.name]
-        limits = kernel_range(spec, variables, operation)
-        bits = operation.weight_bits
-        return lineage_fake_quant(kernel, limits["low"], limits["high"], bits=bits)
+        return lineage_kernel(spec, variables, weighted[layer.name])
 
     def activation_transform(layer: L.Layer, values: jax.Array) -> jax.Array:
         bits = act_bits[layer.name]

@@ -16,6 +16,7 @@ from lrq_jax.config import differences
 from lrq_jax.console import Progress, say
 from lrq_jax.losses.margin import Centers
 from lrq_jax.processes import is_first, wait_for_all
+from lrq_jax.sharding import replicated
 from lrq_jax.training import noise_steps
 from lrq_jax.training.compilation import compile_step, put_replicated
 from lrq_jax.training.errors import TrainingDiverged
@@ -119,7 +120,10 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
     method, graph, mesh = spec.method, spec.graph, spec.mesh
     key = jax.random.fold_in(jax.random.key(seed), _POOL_STREAM)
     centers = losses.initial_centers(graph.num_classes, graph.shapes[graph.features][0])
-    finish = jax.jit(noise_steps.finished_noise, static_argnames="spec")
+    # replicated: each process reads the images of all
+    finish = jax.jit(
+        noise_steps.finished_noise, static_argnames="spec", out_shardings=replicated(mesh)
+    )
     program, batches = None, []
     for number in range(method.noise_batches):
         path = directory / _batch_name(number)

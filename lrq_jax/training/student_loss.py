@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lrq_jax import losses
 from lrq_jax.passes import student_forward
 from lrq_jax.passes.float_forward import Variables
-from lrq_jax.passes.kernels import coarse_kernel
+from lrq_jax.passes.kernels import coarse_kernel, lineage_kernel
 from lrq_jax.training.comparison import Compared, compared, compared_tensors, lesson_of
 from lrq_jax.training.spec import StepSpec
 
@@ -28,9 +28,10 @@ def student_loss(trainable: Variables, student: Variables, images: jax.Array, la
     variables = spec.student.with_trainable(student, trainable)
     values = student_forward(spec.student, variables, images, compared_tensors(spec))
     classifier = spec.student.operations[-1]
+    kernel_of = coarse_kernel if spec.student.is_integer else lineage_kernel
     seen = compared(
         values,
-        lambda: coarse_kernel(spec.student.spec, variables, classifier),
+        lambda: kernel_of(spec.student.spec, variables, classifier),
         jnp.argmax(lesson.logits, -1),
         spec,
     )
