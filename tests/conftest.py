@@ -18,15 +18,16 @@ def compiled_quickly():
     """XLA compiles two to four times as fast, to slower programs, here and in child processes.
 
     For tests of which steps are taken and what is written. Those of the integers that ship, and
-    `test_main`, keep what users get: only full optimisation fuses multiplications and additions.
+    `test_main`, keep what users get.
     """
+    before = jax.config.read("jax_disable_most_optimizations")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         jax.config.update("jax_disable_most_optimizations", True)
         try:
             yield
         finally:
-            jax.config.update("jax_disable_most_optimizations", False)
+            jax.config.update("jax_disable_most_optimizations", before)
             jax.clear_caches()  # no later test takes such a program
 
 

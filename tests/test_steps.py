@@ -26,6 +26,7 @@ from lrq_jax.training.student_loss import perturbed_images, student_loss, traini
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+START = jax.jit(steps.initial_state, static_argnums=(0, 2))
 CALIBRATED = (steps.calibration_step, steps.joint_step, steps.joint_step)
 FIRING = {"ama_lower": 1.9}
 """A hinge that is sure to fire: from the first step on the margin has a gradient."""
@@ -90,7 +91,7 @@ def run_steps(settings, functions):
     spec = step_spec(TEACHER, settings, None)
     variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
     if not functions:
-        return jax.jit(steps.initial_state, static_argnums=(0, 2))(spec, variables, 0), []
+        return START(spec, variables, 0), []
     state, history = run_steps(settings, functions[:-1])
     with jax.disable_jit():
         state, metrics = functions[-1](state, variables, spec=spec)
@@ -103,8 +104,7 @@ def compiled_steps(settings, functions, devices):
     mesh = data_mesh(devices)
     spec = step_spec(TEACHER, settings, mesh)
     variables = put_replicated(TEACHER.variables, mesh)
-    start = jax.jit(steps.initial_state, static_argnums=(0, 2))
-    state = put_replicated(start(spec, TEACHER.variables, settings.seed), mesh)
+    state = put_replicated(START(spec, TEACHER.variables, settings.seed), mesh)
     history, programs = [], {}
     for function in functions:
         if function not in programs:
@@ -445,8 +445,7 @@ def test_the_compiled_step_refuses_other_shapes_instead_of_recompiling():
     mesh = data_mesh(1)
     spec = step_spec(TEACHER, settings, mesh)
     variables = put_replicated(TEACHER.variables, mesh)
-    start = jax.jit(steps.initial_state, static_argnums=(0, 2))
-    state = put_replicated(start(spec, variables, 0), mesh)
+    state = put_replicated(START(spec, variables, 0), mesh)
     program = compile_step(steps.warmup_step, state, variables, mesh=mesh, spec=spec)
     compilations = []
     with jax.log_compiles(False):
@@ -465,10 +464,9 @@ def test_several_steps_a_dispatch_equal_single_ones():
     mesh = data_mesh(1)
     spec = step_spec(TEACHER, settings, mesh)
     variables = put_replicated(TEACHER.variables, mesh)
-    start = jax.jit(steps.initial_state, static_argnums=(0, 2))
 
     def after(count, calls):
-        state = put_replicated(start(spec, variables, 0), mesh)
+        state = put_replicated(START(spec, variables, 0), mesh)
         program = compile_step(
             steps.warmup_step, state, variables, mesh=mesh, count=count, spec=spec
         )
