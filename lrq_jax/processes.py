@@ -18,7 +18,7 @@ _FINISH_SECONDS = 24 * 3600
 """Processes that are done wait so long for the first one to evaluate and to write the report."""
 
 
-def join_processes(*, heartbeat_seconds: int = 30) -> None:
+def join_processes(*, heartbeat_seconds: int = 100) -> None:
     """Connects this process to the others of its job; call before anything is computed.
 
     Args:

@@ -38,6 +38,23 @@ def quick_compilation():
         yield
 
 
+@contextlib.contextmanager
+def on_one_device():
+    """Runs in this process take one of the eight devices, for which programs compile sooner."""
+    from lrq_jax.sharding import data_mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrq_jax.quantize.data_mesh", lambda: data_mesh(1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """`on_one_device`, for a module."""
+    with on_one_device():
+        yield
+
+
 @pytest.fixture
 def rng():
     """Random numbers, the same in every run."""
@@ -111,13 +128,10 @@ def tiny_run(tmp_path_factory):
     from test_steps import tiny_teacher
 
     from lrq_jax import api
-    from lrq_jax.sharding import data_mesh
 
     seen = []
     data = tiny_data()
-    # one device: eight compile for longer
-    with compiled_quickly(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lrq_jax.quantize.data_mesh", lambda: data_mesh(1))
+    with compiled_quickly(), on_one_device():
         result = api.quantize(
             tiny_teacher(),
             preset="lrq",

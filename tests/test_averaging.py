@@ -14,7 +14,7 @@ from lrq_jax.training import steps
 from lrq_jax.training.averaging import initial_average, update_average
 from lrq_jax.writers.codes import load_student
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.9])

@@ -61,7 +61,8 @@ def start(workdir, *flags, **environment):
             "PATH": "/usr/bin:/bin",
             "HOME": str(workdir.parent),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling is most of a run
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of a run
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **environment,
         },
         stdout=subprocess.PIPE,

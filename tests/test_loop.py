@@ -26,7 +26,7 @@ from lrq_jax.training.loop import TrainingLoop
 from lrq_jax.training.reconstruction import reconstructed
 from lrq_jax.writers.codes import load_student
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
 
 REPOSITORY = Path(__file__).parents[1]
 TINY_RUN = (
@@ -36,10 +36,14 @@ TINY_RUN = (
     "--config.method.calibration_steps=4",
     "--config.method.batch_size=8",
     "--config.method.generator_width=8",
+    "--config.method.attention=none",  # large kernels take long to compile
+    "--config.data.name=",
     "--config.checkpoint_every=4",
     "--config.log_every=1",
     "--config.images_every=1000",
 )
+NO_WARM_UP = {"calibration_start": 0, "calibration_steps": 2}
+"""Ranges are found from the first step on: one program less to compile."""
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,7 @@ def start(workdir):
     command = [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *TINY_RUN]
     environment = {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(REPOSITORY),
         "PATH": "/usr/bin:/bin",
         "HOME": str(workdir.parent),
@@ -103,7 +108,10 @@ def test_a_killed_run_ends_with_the_codes_of_an_undisturbed_one(tmp_path):
 
 def test_a_diverging_run_names_step_terms_and_checkpoint(teacher, tmp_path):
     settings = tiny_settings(
-        student_optimizer="sgd", student_learning_rate=1e30, student_schedule="constant"
+        student_optimizer="sgd",
+        student_learning_rate=1e30,
+        student_schedule="constant",
+        **NO_WARM_UP,
     )
     settings = RunSettings(**{**vars(settings), "log_every": 1, "checkpoint_every": 2})
     with pytest.raises(TrainingDiverged) as raised:
@@ -123,6 +131,7 @@ def test_an_update_that_overflows_is_not_kept(teacher, tmp_path):
         gradient_clip=1e30,
         student_schedule="constant",
         steps=1,
+        **NO_WARM_UP,
     )
     settings = RunSettings(**{**vars(settings), "log_every": 1, "checkpoint_every": 1})
     with pytest.raises(TrainingDiverged, match=r"arrays are not finite, the first .*student") as e:
@@ -135,7 +144,7 @@ def test_an_update_that_overflows_is_not_kept(teacher, tmp_path):
 
 
 def test_a_diverging_pool_says_so(teacher, tmp_path):
-    settings = tiny_settings(images="noise", noise_learning_rate=1e30)
+    settings = tiny_settings(images="noise", noise_learning_rate=1e30, **NO_WARM_UP)
     message = r"loss is not finite at iteration \d+: .*lower .*checkpoint: .*/checkpoints/2$"
     with pytest.raises(TrainingDiverged, match=message):
         quantize(prepare(teacher, settings, None, tmp_path / "run"))
@@ -314,12 +323,13 @@ def test_the_steps_of_every_other_preset_fit_together(teacher, preset):
 
 
 @pytest.mark.parametrize(
-    ("preset", "placement"),
-    [(name, "integer") for name in COMPILED] + [("gdfq", "paper"), ("fast", "paper")],
+    ("preset", "placement", "devices"),
+    [(name, "integer", 1) for name in COMPILED] + [("gdfq", "paper", 8), ("fast", "paper", 1)],
 )
 def test_every_kind_of_preset_runs_from_start_to_report(
-    teacher, tmp_path, preset, placement, compilations_between_steps
+    teacher, tmp_path, preset, placement, devices, compilations_between_steps, monkeypatch
 ):
+    monkeypatch.setattr("lrq_jax.quantize.data_mesh", lambda: data_mesh(devices))
     settings = few_steps(preset, placement)
     report = quantize(prepare(teacher, settings, None, tmp_path / "run"))
     assert report["preset"] == preset

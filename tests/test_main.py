@@ -63,6 +63,7 @@ def start(cache, cwd, *arguments, program=("-m", "lrq_jax.main")):
         "LRQ_CACHE": str(cache),
         "TFDS_DATA_DIR": str(cwd / "no_datasets"),
         "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     environment.pop("XLA_FLAGS", None)  # one device, as on a person's computer
     return subprocess.run(

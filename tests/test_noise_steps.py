@@ -30,7 +30,6 @@ CENTERS = losses.initial_centers(10, 8)
 
 
 def spec_of(**method):
-    method = {"attention": "none", **method}  # large kernels take long to compile
     return step_spec(TEACHER, tiny_settings(images="noise", **method), None)
 
 
@@ -167,7 +166,7 @@ def strided_teacher():
 def test_each_device_optimises_its_share_of_the_batch():
     mesh, teacher = data_mesh(8), strided_teacher()
     method = {"images": "noise", "noise_augment_probability": 0.0, "noise_bns_weight": 1.0}
-    spec = step_spec(teacher, tiny_settings(attention="none", **method), mesh)
+    spec = step_spec(teacher, tiny_settings(**method), mesh)
     state = noise_steps.initial_noise(spec, jax.random.key(3), CENTERS)
     state, variables = (put_replicated(tree, mesh) for tree in (state, teacher.variables))
     step = compile_step(noise_steps.noise_step, state, variables, mesh=mesh, spec=spec)
@@ -186,7 +185,7 @@ def test_latents_and_their_generator_are_optimised_together():
     """Each batch with a generator of its own; its images of the latents' classes are the pool's."""
     method = {"noise_image_weight": 1.0, "noise_statistics": "deviation", "noise_swing": 1}
     teacher = strided_teacher()
-    settings = tiny_settings(images="noise", attention="none", **LATENTS, **method)
+    settings = tiny_settings(images="noise", **LATENTS, **method)
     spec, variables = step_spec(teacher, settings, None), teacher.variables
     first = state = noise_steps.initial_noise(spec, jax.random.key(3), CENTERS)
     step, found = jax.jit(functools.partial(noise_steps.noise_step, spec=spec)), []
@@ -243,7 +242,7 @@ def test_a_pool_depends_on_the_generator_that_made_it():
 
     wider = {"generator_width": 24}
     assert recipe() == recipe(**wider)
-    for name, value in (*wider.items(), ("latent_dim", 9), ("attention", "none"),
+    for name, value in (*wider.items(), ("latent_dim", 9), ("attention", "after_block1"),
                         ("conditioning", "batch_norm")):  # fmt: skip
         assert recipe(**LATENTS) != recipe(**LATENTS, **{name: value})
     for name in ("noise_swing", "noise_image_weight", "noise_generator_decay_every"):

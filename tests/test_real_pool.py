@@ -13,7 +13,7 @@ from lrq_jax.quantize import prepare, quantize, summary
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training.real_pool import read_pool
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
 
 
 @pytest.fixture(scope="module")

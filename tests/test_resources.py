@@ -19,8 +19,7 @@ from lrq_jax.training.compilation import put_replicated
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # As in test_steps.test_one_device_equals_eight: the step is a continuous function of its gradient.
-# Without attention, whose many shifted products are most of what a step takes to compile.
-SMOOTH = {**FIRING, "adam_epsilon": 1e-2, "student_optimizer": "sgd", "attention": "none"}
+SMOOTH = {**FIRING, "adam_epsilon": 1e-2, "student_optimizer": "sgd"}
 
 
 def settings_with(**resources):

@@ -33,9 +33,10 @@ FIRING = {"ama_lower": 1.9}
 
 
 def tiny_settings(*, steps=3, **method):
-    """Settings of a few steps on the digits teacher; `method` overrides fields of the Method."""
+    """Settings of a few steps on a tiny teacher; `method` overrides fields of the Method."""
     config = base_config()
     tiny = {
+        "attention": "none",  # large kernels take long to compile
         "batch_size": 16,
         "warmup_steps": 2,
         "calibration_start": 1,
@@ -209,7 +210,7 @@ def test_the_student_loss_leaves_the_generator_alone():
 @pytest.mark.parametrize(
     "switched",
     [
-        {"attention": "none"},
+        {"attention": "after_block1"},
         {"ama_weight": 0.0},
         {"student_loss": "kd"},
         {"ama_center": "classifier"},
@@ -219,16 +220,16 @@ def test_the_student_loss_leaves_the_generator_alone():
 )
 def test_each_ingredient_changes_program_and_result(switched):
     settings = tiny_settings(**FIRING), tiny_settings(**{**FIRING, **switched})
-    full, without = (run_steps(each, CALIBRATED) for each in settings)
+    base, other = (run_steps(each, CALIBRATED) for each in settings)
     programs = [
         jax.jit(functools.partial(steps.joint_step, spec=step_spec(TEACHER, each, None)))
         .lower(state, TEACHER.variables)
         .as_text()
-        for each, (state, _) in zip(settings, (full, without), strict=True)
+        for each, (state, _) in zip(settings, (base, other), strict=True)
     ]
     assert programs[0] != programs[1]
-    assert full[1][-1]["student/loss"] != without[1][-1]["student/loss"]
-    kernels = [run[0].student["params"]["classifier"]["kernel"] for run in (full, without)]
+    assert base[1][-1]["student/loss"] != other[1][-1]["student/loss"]
+    kernels = [run[0].student["params"]["classifier"]["kernel"] for run in (base, other)]
     assert not np.array_equal(*kernels)
 
 
@@ -237,10 +238,10 @@ def test_each_ingredient_changes_program_and_result(switched):
 )
 def test_each_further_ingredient_changes_the_losses(switched):
     """Evaluated, not trained: their gradients are those of the losses, tested alone."""
-    spec = step_spec(TEACHER, tiny_settings(attention="none", **switched), None)
-    plain = step_spec(TEACHER, tiny_settings(attention="none"), None)
+    spec = step_spec(TEACHER, tiny_settings(**switched), None)
+    plain = step_spec(TEACHER, tiny_settings(), None)
     variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
-    state, _ = run_steps(tiny_settings(attention="none"), ())
+    state, _ = run_steps(tiny_settings(), ())
     found = []
     for each in (plain, spec):
         noise, labels = steps.draw_latents(jax.random.key(1), each)
@@ -264,7 +265,7 @@ ALIGNED = {"channel_alignment": 30.0, "cam_alignment": 5.0, "perturbation": 0.01
 @pytest.fixture(scope="module")
 def compared_pair():
     """A spec that aligns and perturbs, a calibrated state of its student, images and labels."""
-    spec = step_spec(TEACHER, tiny_settings(attention="none", student_loss="kd", **ALIGNED), None)
+    spec = step_spec(TEACHER, tiny_settings(student_loss="kd", **ALIGNED), None)
     variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
     student = spec.student.initial_variables(variables)
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
@@ -350,7 +351,7 @@ def test_perturbed_images_are_harder_and_their_loss_is_added(compared_pair):
 @pytest.mark.parametrize("images", ["generator", "noise"])
 def test_each_alignment_is_in_the_program_of_either_step(images, field, term):
     """Traced, not compiled."""
-    settings = tiny_settings(images=images, attention="none", **{field: ALIGNED[field]})
+    settings = tiny_settings(images=images, **{field: ALIGNED[field]})
     spec = step_spec(TEACHER, settings, None)
     state = jax.eval_shape(lambda v: steps.initial_state(spec, v, 0), TEACHER.variables)
     pool = (jax.ShapeDtypeStruct((16, 8, 8, 1), np.float32), jax.ShapeDtypeStruct((16,), np.int32))
@@ -428,7 +429,7 @@ def test_one_device_equals_eight():
     With Adam's usual epsilon the first update is the gradient's sign, which flips where the
     gradient is rounding noise; a large epsilon makes the step a continuous function of it.
     """
-    settings = tiny_settings(adam_epsilon=1e-2, student_optimizer="sgd")
+    settings = tiny_settings(attention="after_block1", adam_epsilon=1e-2, student_optimizer="sgd")
     functions = (*CALIBRATED, steps.joint_step)
     one, _ = compiled_steps(settings, functions, 1)
     eight, text = compiled_steps(settings, functions, 8)

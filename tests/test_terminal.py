@@ -21,9 +21,8 @@ from lrq_jax.estimate import PhaseEstimate, describe, duration, estimate
 from lrq_jax.networks import FAMILIES
 from lrq_jax.quantize import prepare
 from lrq_jax.reproduce import command
-from lrq_jax.sharding import data_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -120,7 +119,6 @@ def test_the_configuration_reference_and_results_are_current():
 
 
 def test_an_estimate_measures_every_phase_and_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("lrq_jax.quantize.data_mesh", lambda: data_mesh(1))
     settings = tiny_settings(steps=0, calibration_start=0, calibration_steps=2)
     job = prepare(tiny_teacher(), settings, None, tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
@@ -199,7 +197,6 @@ def test_a_run_warns_before_it_trains(tmp_path, capsys, monkeypatch):
         raise Trained
 
     monkeypatch.setattr("lrq_jax.quantize.TrainingLoop", loop)
-    monkeypatch.setattr("lrq_jax.quantize.data_mesh", lambda: data_mesh(1))
     data = tiny_data()
     wrong = [(image, (label + 1) % 10) for image, label in data.source]
     teacher = dataclasses.replace(tiny_teacher(), top1=95.0)

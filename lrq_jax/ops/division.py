@@ -9,6 +9,7 @@ from jax import lax
 from lrq_jax.ops.straight_through import straight_through
 
 
+@jax.jit  # traced once a shape: networks divide hundreds of times
 def divide(a: jax.Array, b: jax.Array | float) -> jax.Array:
     """The float32 nearest to `a / b`.
 

@@ -247,6 +247,7 @@ def _keep_codes(layer: L.Layer, operation: Operation, source: Source, clip_mask:
     return QuantizedTensor(codes, x.parameters, x.bits)
 
 
+@jax.jit  # traced once a shape
 def fused_multiply_add(code: jax.Array, factor: jax.Array, addend: jax.Array) -> jax.Array:
     """`code*factor + addend` in float32 with one rounding, for integers |code| <= 256.
 
