@@ -85,7 +85,9 @@ def platform(request, monkeypatch):
             return default(*arguments)
 
         monkeypatch.setattr(lax, "platform_dependent", default_form)
+        jax.clear_caches()  # of functions that were traced before
         yield request.param
+        jax.clear_caches()
         assert chosen, "no other form was taken"
     else:
         yield request.param
