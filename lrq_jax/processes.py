@@ -22,7 +22,8 @@ def join_processes(*, heartbeat_seconds: int = 100) -> None:
     """Connects this process to the others of its job; call before anything is computed.
 
     Args:
-      heartbeat_seconds: a process not heard of for so long counts as dead, and the others end.
+      heartbeat_seconds: a process not heard of for so long counts as dead, and jax ends the others
+        itself. Longer than the 30 s after which collectives on CPU fail, which is told in our words.
 
     Raises:
       ValueError: settings of the job that are incomplete or contradict each other.
