@@ -116,7 +116,10 @@ SUITES = {
             for name, flags in ABLATIONS.items()
         },
     ),
-    "r20_cifar100": ("configs/r20_cifar100.py", {"lrq seed 0": []}),
+    "r20_cifar100": (
+        "configs/r20_cifar100.py",
+        {"lrq seed 0": [], "lrq ranges only": ["--config.steps=0"]},
+    ),
     "digits": (
         "configs/digits.py",
         {
