@@ -31,7 +31,11 @@ class Preset:
 
 
 def lrq(*, large_images: bool) -> Preset:
-    """LRQ as the paper describes it: generator and student trained in turn."""
+    """LRQ as the paper describes it: generator and student trained in turn.
+
+    The warm-up comes on top of the table's 80,000 steps, and a student's milestones count from its
+    own first step [open]: the paper does not say whether its epochs hold the warm-up.
+    """
     if not large_images:
         return Preset(method=Method())
     return Preset(

@@ -16,9 +16,11 @@ from jax.tree_util import Partial
 from lrq_jax import __version__
 from lrq_jax.config import RunSettings
 from lrq_jax.console import coloured, say
-from lrq_jax.data import EvalData, Preprocessing, load_data, preprocess
+from lrq_jax.data import EvalData, Preprocessing, load_data
+from lrq_jax.data.pixels import crop
 from lrq_jax.evaluation import Accuracy, evaluate
 from lrq_jax.hints import preprocessing_warning
+from lrq_jax.method import Method
 from lrq_jax.passes import Student, float_logits, frozen_logits, student_forward
 from lrq_jax.processes import is_first, wait_for_all
 from lrq_jax.readers.teacher import Teacher, teacher_hash
@@ -56,9 +58,10 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh |
     """The static description of a run's training steps.
 
     Raises:
-      ValueError: settings the network does not admit.
+      ValueError: settings the network does not admit, or a network that cannot be trained.
     """
     method = settings.method
+    _check_network(teacher, method)
     student = Student(
         graph=teacher.graph,
         spec=settings.student,
@@ -113,6 +116,25 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh |
     )
 
 
+def _check_network(teacher: Teacher, method: Method) -> None:
+    """Finds out now, not in the first step, whether a method's losses are defined on a network."""
+    graph = teacher.graph
+    try:
+        _ = graph.features
+    except ValueError as error:
+        raise ValueError(
+            f"teacher: {error}; the losses compare pooled features and logits, so put the layers "
+            "behind the last dense one into it, or leave them out"
+        ) from error
+    if not graph.batch_norms and (method.trains_generator or method.makes_pool):
+        raise ValueError(
+            "teacher: found a network without batch norms, expected at least one: images are "
+            "matched to their running statistics; convert the network as it was before its batch "
+            "norms were folded, or train on real images (method.images=folder, "
+            "method.calibration_images=pool)"
+        )
+
+
 def load_eval_data(settings: RunSettings) -> EvalData | None:
     """The evaluation images of a run, None if its settings name none."""
     if not (settings.data_name or settings.data_path):
@@ -124,8 +146,8 @@ def check_data(data: EvalData, teacher: Teacher) -> None:
     """Finds out now, not after the training, whether the images are ones for this teacher.
 
     Raises:
-      ValueError: more classes than the teacher has, a label beyond them, or a first image of a
-        wrong size.
+      ValueError: more classes than the teacher has, a label beyond them, or an image of a wrong
+        size. Where images are resized anyway only the first is read, and labels as far as known.
     """
     classes = teacher.graph.num_classes
     if data.largest_label is not None and data.largest_label >= classes:
@@ -139,11 +161,18 @@ def check_data(data: EvalData, teacher: Teacher) -> None:
             f"{classes} of the teacher, since names are numbered in alphabetical order; where some "
             "classes have no images, name the folders by class number or write a labels.csv"
         )
-    image, _ = data.source[0]
-    try:
-        preprocess(image, teacher.preprocessing)
-    except ValueError as error:
-        raise ValueError(f"data {data.name!r}, image 0: {error}") from error
+    read = 1 if teacher.preprocessing.resize is not None else data.num_examples
+    for number in range(read):
+        image, label = data.source[number]
+        try:
+            crop(image, teacher.preprocessing)
+        except ValueError as error:
+            raise ValueError(f"data {data.name!r}, image {number}: {error}") from error
+        if not 0 <= label < classes:
+            raise ValueError(
+                f"data {data.name!r}, image {number}: found label {label}, expected 0 to "
+                f"{classes - 1}; is it the right dataset for this teacher?"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ class _List(argparse.Action):
 
 
 _MAX_LINES = 24
-"""Lines of an error that fit one screen."""
+"""Lines of an error that fit one screen; elsewhere than on a terminal all are written."""
 
 
 def _channels(text: str) -> tuple[float, ...]:
@@ -86,9 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
         save_teacher(teacher, options.out, overwrite=options.overwrite)
     except (ValueError, OSError) as error:
         lines = str(error).splitlines()
-        print("\n".join(["convert_teacher: error:", *lines[:_MAX_LINES]]), file=sys.stderr)
-        if len(lines) > _MAX_LINES:
-            print(f"  ... and {len(lines) - _MAX_LINES} more lines", file=sys.stderr)
+        shown = _MAX_LINES if sys.stderr.isatty() else len(lines)
+        print("\n".join(["convert_teacher: error:", *lines[:shown]]), file=sys.stderr)
+        if len(lines) > shown:
+            print(f"  ... and {len(lines) - shown} more lines; 2> FILE has them", file=sys.stderr)
         return 2
     print(describe(teacher))
     print(f"{'written to':<13}{options.out}")

@@ -101,7 +101,7 @@ def clean(state):
         (lambda s: {"state_dict": s, "ema": {}, "epoch": 3}, "under 'state_dict' .*not used: ema"),
         (lambda s: {"model": {"net": s}, "optimizer": {"state": {}}}, "under 'net'"),
         (lambda s: {"best": s, "epoch": 3}, "under 'best'"),
-        (lambda s: {"model_state": s, "loss": np.ones(3)}, "under 'model_state'"),
+        (lambda s: {"model_state": s, "loss": np.ones(3)}, "'model_state' .*not used: loss"),
         (lambda s: {f"module.model.{n}": a for n, a in s.items()}, "prefix 'module.'.*'model.'"),
         (lambda s: {**s, "extra": "text"}, "no array: extra"),
         (lambda s: {**s, "n_averaged": np.array(3)}, "left out 8 counters"),
@@ -477,19 +477,27 @@ def test_the_command_works_from_any_folder(source, tmp_path):
 
 
 @pytest.mark.parametrize("arch", [[], ["--arch", "resnet110_cifar"]])
-def test_the_command_leaves_nothing_behind_when_it_fails(source, tmp_path, capsys, arch):
+def test_the_command_leaves_nothing_behind_when_it_fails(
+    source, tmp_path, capsys, monkeypatch, arch
+):
     spec = importlib.util.spec_from_file_location("convert_teacher", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not arch:
         source.write_bytes(source.read_bytes()[:1000])
     before = sorted(tmp_path.iterdir())
-    assert module.main(["--source", str(source), "--out", str(tmp_path / "t"), *arch]) == 2
+    command = ["--source", str(source), "--out", str(tmp_path / "t"), *arch]
+    assert module.main(command) == 2
     assert sorted(tmp_path.iterdir()) == before
+    whole = capsys.readouterr().err
+    assert "net.safetensors: found" in whole
+    assert "more lines" not in whole
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert module.main(command) == 2
     message = capsys.readouterr().err
-    assert "net.safetensors: found" in message
     assert len(message.splitlines()) <= 26
     assert ("more lines" in message) == bool(arch)
+    assert (len(whole.splitlines()) > 26) == bool(arch)
 
 
 # --- published files -----------------------------------------------------------------------------

@@ -142,7 +142,8 @@ def test_images_for_another_teacher_are_refused_before_anything_is_done(
 ):
     (tmp_path / "images").mkdir()
     Image.new("L", (side, side)).save(tmp_path / "images" / "a.png")
-    (tmp_path / "images" / "labels.csv").write_text(f"file,label\na.png,{label}\n")
+    Image.new("L", (16, 16), 255).save(tmp_path / "images" / "0.png")  # the first one is right
+    (tmp_path / "images" / "labels.csv").write_text(f"file,label\n0.png,0\na.png,{label}\n")
     result = start(
         tmp_path / "cache",
         tmp_path,

@@ -175,6 +175,18 @@ def test_each_device_optimises_its_share_of_the_batch():
     assert "f32[8,4,4,8]" not in text, "a device computes feature maps of the whole batch"
 
 
+def test_each_device_trains_on_its_share_of_the_pool():
+    mesh, teacher = data_mesh(8), strided_teacher()
+    spec = step_spec(teacher, tiny_settings(images="noise"), mesh)
+    state = steps.initial_state(spec, teacher.variables, 0)
+    pool = jnp.zeros((16, 8, 8, 1)), jnp.zeros(16, jnp.int32)
+    arguments = put_replicated((state, teacher.variables, *pool), mesh)
+    text = compile_step(steps.pool_step, *arguments, mesh=mesh, spec=spec).as_text()
+    assert "f32[2,4,4,8]" in text, "the batch of 16 is not split over 8 devices"
+    assert "f32[16,4,4,8]" not in text, "a device computes feature maps of the whole batch"
+    assert "all-reduce" in text
+
+
 # ---- latents -------------------------------------------------------------------------------------
 
 

@@ -372,6 +372,25 @@ def test_activation_maps_need_a_global_pool():
     step_spec(teacher, tiny_settings(), None)
 
 
+def test_networks_the_losses_are_not_defined_on_are_refused():
+    def teacher_of(build):
+        net = GraphBuilder("odd", input_shape=(8, 8, 1))
+        build(net, net.relu(net.conv(net.image, 4, 3)))
+        graph = net.build()
+        return dataclasses.replace(TEACHER, graph=graph, variables=random_variables(graph))
+
+    folded = teacher_of(lambda net, x: net.dense(net.global_pool(x), 10))
+    for method in ({}, {"images": "noise"}):
+        with pytest.raises(ValueError, match=r"without batch norms, expected .* before its batch"):
+            step_spec(folded, tiny_settings(**method), None)
+    settings = tiny_settings(images="noise", calibration_images="pool")  # read from a folder
+    method = dataclasses.replace(settings.method, images="folder")
+    step_spec(folded, dataclasses.replace(settings, method=method), None)
+    capped = teacher_of(lambda net, x: net.relu(net.dense(net.global_pool(net.batch_norm(x)), 10)))
+    with pytest.raises(ValueError, match=r"teacher: .*as the last layer, expected a Dense layer"):
+        step_spec(capped, tiny_settings(), None)
+
+
 def test_inundated_steps_change_their_share_of_every_kernels_codes():
     settings = tiny_settings(**FIRING, inundation=0.1)
     spec = step_spec(TEACHER, settings, None)

@@ -86,7 +86,9 @@ def _descend(tree: Any, notes: list[str]) -> Mapping[Any, Any]:
                 f"found a dict of {[str(key) for key in tree][:12]} without arrays, expected a "
                 f"state dict, by itself or under one of {WRAPPERS}"
             )
-        beside = f" (also there, not used: {', '.join(found[1:])})" if found[1:] else ""
+        arrays = [str(key) for key, value in tree.items() if isinstance(value, np.ndarray)]
+        unused = [*map(str, found[1:]), *arrays]
+        beside = f" (also there, not used: {', '.join(unused)})" if unused else ""
         notes.append(f"took the weights under {str(found[0])!r}{beside}")
         tree = inner[found[0]]
     raise ReaderError(

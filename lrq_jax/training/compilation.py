@@ -16,7 +16,8 @@ StepFunction = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
 _STEPS_PER_DISPATCH = {"cpu": 1, "gpu": 20, "tpu": 50}
 """On XLA CPU convolutions inside a loop lose their fast path: a scan over steps is 6-7 times
-slower a step than one dispatch each. Elsewhere it hides the launch latency."""
+slower a step than one dispatch each. Elsewhere it hides the launch latency; those two numbers are
+guesses, not measured."""
 
 
 def steps_per_dispatch(setting: int, mesh: Mesh) -> int:
