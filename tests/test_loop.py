@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -63,11 +64,11 @@ def assert_same_codes(first, second):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
-def start(workdir):
+def start(workdir, flags, *, quick):
     """The command line, as a person starts it, on one device."""
-    command = [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *TINY_RUN]
+    command = [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *flags]
     environment = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if quick else {}),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(REPOSITORY),
         "PATH": "/usr/bin:/bin",
@@ -78,17 +79,34 @@ def start(workdir):
     )
 
 
-def test_a_killed_run_ends_with_the_codes_of_an_undisturbed_one(tmp_path):
-    undisturbed = start(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("flags", "trained", "steps"),
+    [
+        pytest.param(TINY_RUN, 8, 46, id="quick"),  # warm-up ends at step 6
+        pytest.param(
+            ("--config.checkpoint_every=50", "--config.log_every=1"),  # else as it is shipped
+            250,
+            500,
+            id="default",
+            marks=pytest.mark.skipif(
+                "LRQ_SLOW_TESTS" not in os.environ,
+                reason="takes minutes: set LRQ_SLOW_TESTS=1 to run it",
+            ),
+        ),
+    ],
+)
+def test_a_killed_run_ends_with_the_codes_of_an_undisturbed_one(tmp_path, flags, trained, steps):
+    """Killed after a checkpoint of step `trained`, which holds a trained student, its optimizer ..."""
+    run = functools.partial(start, flags=flags, quick=flags is TINY_RUN)
+    undisturbed = run(tmp_path / "whole")
     output, _ = undisturbed.communicate(timeout=600)
     assert undisturbed.returncode == 0, output
 
-    process = start(tmp_path / "killed")
+    process = run(tmp_path / "killed")
     metrics = tmp_path / "killed" / "metrics.jsonl"
     checkpoints = tmp_path / "killed" / "checkpoints"
     deadline = time.monotonic() + 600
-    # Warm-up ends at step 6: a state of step 8 or later holds a trained student, its optimizer ...
-    while not any(int(p.name) >= 8 for p in checkpoints.glob("*") if p.name.isdigit()):
+    while not any(int(p.name) >= trained for p in checkpoints.glob("*") if p.name.isdigit()):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -96,14 +114,14 @@ def test_a_killed_run_ends_with_the_codes_of_an_undisturbed_one(tmp_path):
     process.communicate()
     assert not (tmp_path / "killed" / "report.json").exists(), "killed too late to prove anything"
 
-    resumed = start(tmp_path / "killed")
+    resumed = run(tmp_path / "killed")
     output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, output
-    assert int(re.search(r"resuming after step (\d+)", output)[1]) >= 8
+    assert int(re.search(r"resuming after step (\d+)", output)[1]) >= trained
     assert_same_codes(tmp_path / "whole", tmp_path / "killed")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     numbers = [line["step"] for line in lines]
-    assert numbers == sorted(set(numbers)) == list(range(1, 47))
+    assert numbers == sorted(set(numbers)) == list(range(1, steps + 1))
 
 
 def test_a_diverging_run_names_step_terms_and_checkpoint(teacher, tmp_path):
