@@ -331,7 +331,7 @@ def few_steps(preset, placement="integer"):
     return resolve(config, image_size=8)
 
 
-COMPILED = ("fast", "hast", "qimera", "squant")
+COMPILED = ("fast", "hast", "squant")
 """Presets that are run. `lrq` is by other tests of this file; the others differ from one of these
 in constants and in parts tested alone, and their steps are traced."""
 
