@@ -2,8 +2,8 @@
 
 Command:   python -m lrq_jax.main --config=configs/fast.py --workdir=runs/fast \\
              --config.teacher.path=teachers/r20_cifar10 --config.data.path=DIR_OF_TEST_IMAGES
-Time:      sized for under 20 minutes on 2 processors for ResNet-20 at 32 px; not yet measured
-Expected:  not yet measured
+Time:      35 to 37 minutes on one processor for ResNet-20 at 32 px; on two not yet measured
+Expected:  91.01, 90.76 % top-1 on CIFAR-10 (W4A4, policy U, seeds 0, 1) against 91.73 %
 """
 
 from ml_collections import ConfigDict
