@@ -179,7 +179,7 @@ def main() -> None:
         entry = {
             "cell": cell,
             "command": " ".join(["python -m lrq_jax.main", *flags]),
-            "commit": _commit(),
+            "commit": _commit(REPOSITORY),
             "machine": _machine(),
             "processors": len(share),
             **{name: value for name, value in report.items() if name not in _LEFT_OUT},
@@ -243,14 +243,18 @@ def _run(flags: list[str], workdir: Path, processors: set[int]) -> None:
         )
 
 
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    return found.stdout.strip() or "unknown"
+def _commit(repository: Path) -> str:
+    """Commit of a work tree, `-dirty` with changes elsewhere than in the logs that runs write."""
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(
+            command, cwd=repository, capture_output=True, text=True
+        ).stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    return (commit or "unknown") + ("-dirty" if changed else "")
 
 
 def _machine() -> str:

@@ -1,7 +1,8 @@
-"""Which noise images a cell of an experiment takes over from another."""
+"""Experiments: which noise images a cell takes over from another, which commit its log names."""
 
 import json
 import runpy
+import subprocess
 from pathlib import Path
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "run_experiments.py"))
@@ -44,3 +45,23 @@ def test_a_second_start_takes_what_it_took_before(tmp_path):
     for before in ("", "elsewhere"):
         (tmp_path / "W3A3" / "config.json").write_text(json.dumps({"pool_path": before}))
         assert pool_of("W3A3", CELLS, tmp_path / "W3A3") == (before or None)
+
+
+def test_logs_that_runs_write_do_not_make_the_commit_dirty(tmp_path):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    commit_of = SCRIPT["_commit"]
+    git("init")
+    (tmp_path / "results").mkdir()
+    for name in ("code.py", "results/log.jsonl"):
+        (tmp_path / name).write_text("1")
+    git("add", ".")
+    git("commit", "-m", "all")
+    clean = commit_of(tmp_path)
+    assert len(clean) == 12
+    (tmp_path / "results" / "log.jsonl").write_text("2")
+    assert commit_of(tmp_path) == clean
+    (tmp_path / "code.py").write_text("2")
+    assert commit_of(tmp_path) == f"{clean}-dirty"
