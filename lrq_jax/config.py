@@ -109,8 +109,8 @@ def short_schedule(config: ConfigDict, *, steps: int, warmup_steps: int = 200) -
     Adam on a cosine instead of 80,000 steps of SGD at 1e-4; small batches; ranges calibrated at
     the end of a short warm-up; ten times the weight on batch-norm statistics, without which the
     images are far from real ones when the student starts; distillation at temperature 4; no
-    gradient where codes saturate (LSQ's mask); noise images scaled down alike. Applies to every preset; set `method.bns_weight` and
-    `method.temperature` back for those of the preset itself.
+    gradient where codes saturate (LSQ's mask); noise images scaled down alike. Applies to every
+    preset; set `method.bns_weight` and `method.temperature` back for those of the preset itself.
     """
     config.steps = steps
     config.student.clip_mask = True

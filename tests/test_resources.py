@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from test_steps import FIRING, TEACHER, tiny_settings
+from test_steps import FIRING, START, TEACHER, tiny_settings
 
 from lrq_jax.quantize import step_spec
 from lrq_jax.resources import PRECISIONS, Resources, accumulated_gradient
@@ -32,8 +32,7 @@ def run_steps(settings, devices=1):
     mesh = data_mesh(devices)
     spec = step_spec(TEACHER, settings, mesh)
     variables = put_replicated(TEACHER.variables, mesh)
-    start = jax.jit(steps.initial_state, static_argnums=(0, 2))
-    state = put_replicated(start(spec, TEACHER.variables, 0), mesh)
+    state = put_replicated(START(spec, TEACHER.variables, 0), mesh)
     history = []
     for function, count in ((steps.calibration_step, 1), (steps.joint_step, 3)):
         jitted = jax.jit(functools.partial(function, spec=spec))

@@ -118,7 +118,7 @@ def test_the_configuration_reference_and_results_are_current():
 # --- estimates, hints, colours -------------------------------------------------------------------
 
 
-def test_an_estimate_measures_every_phase_and_writes_nothing(tmp_path, monkeypatch):
+def test_an_estimate_measures_every_phase_and_writes_nothing(tmp_path):
     settings = tiny_settings(steps=0, calibration_start=0, calibration_steps=2)
     job = prepare(tiny_teacher(), settings, None, tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
