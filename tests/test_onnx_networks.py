@@ -6,7 +6,6 @@ About half a minute a network on one CPU core, most of it compiling.
 """
 
 import importlib.util
-import sys
 
 import jax
 import numpy as np
@@ -21,31 +20,12 @@ for package in ("torchvision", "timm"):
         pytest.skip(WHY, allow_module_level=True)
 
 from onnx_models import run  # noqa: E402
+from torchvision_module import load_torchvision  # noqa: E402
 
 from lrq_jax.passes import float_logits  # noqa: E402
 from lrq_jax.readers.onnx_graph import read_onnx  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporters warn of their own ways
-
-_OPERATORS = []  # keeps the library below alive
-
-
-def torchvision():
-    """The package, also where its compiled operators are missing: none of them is used here."""
-    try:
-        import torchvision as module
-    except RuntimeError as error:
-        if "does not exist" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _OPERATORS.append(library)
-        import torchvision as module
-    return module
-
 
 NETWORKS = {
     **{f"torchvision resnet{depth}": 64 for depth in (18, 34, 50, 101)},
@@ -70,7 +50,7 @@ NETWORKS = {
 def made(network):
     """The model in evaluation mode, random weights and statistics of random images."""
     package, name = network.split()
-    tv = torchvision()
+    tv = load_torchvision()  # timm imports it
     torch.manual_seed(0)
     if package == "timm":
         import timm

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lrq_jax.ops import convolution, depthwise, upsample
+from lrq_jax.ops import convolution, depthwise, kernel_gradient, upsample
 from lrq_jax.ops.convolution import conv2d, integer_conv2d, integer_dense
 from lrq_jax.ops.depthwise import depthwise_conv
 from lrq_jax.ops.division import divide
@@ -166,6 +166,12 @@ def test_each_platform_is_lowered_to_its_own_form(target):
     else:
         assert "stablehlo.convolution" in text
         assert "stablehlo.while" not in text
+
+    def convolution_gradients(x, k):
+        return jax.grad(lambda x, k: jnp.sum(conv2d(x, k) ** 2), (0, 1))(x, k)
+
+    text = _lowered(convolution_gradients, target, (16, 6, 6, 4), (3, 3, 4, 4))
+    assert text.count("stablehlo.convolution") == (4 if target == "cpu" else 3)
     text = _lowered(upsample_gradients, target, (2, 6, 6, 4), (3, 3, 4, 4))
     assert text.count("stablehlo.convolution") == (0 if target == "cpu" else 3)
 
@@ -261,6 +267,28 @@ def test_conv2d_equals_the_definition_and_its_gradients_the_plain_ones(case, rng
     )  # fmt: skip
     expected = naive_conv2d(np.float64(x), np.float64(kernel), **settings)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cached", [1, 900, 10**6], ids=["an image", "some", "eight"])
+@pytest.mark.parametrize("features", [3, 6])
+@pytest.mark.parametrize("case", ["plain", "everything", "everything without strides", "groups"])
+def test_the_kernel_gradient_of_the_cpu_is_the_plain_one(case, features, cached, rng, monkeypatch):
+    monkeypatch.setattr(kernel_gradient, "CACHED_VALUES", cached)
+    settings = {"strides": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1}
+    settings |= CONVOLUTIONS[case.removesuffix(" without strides")][1]
+    if case.endswith("without strides"):
+        settings["strides"] = (1, 1)
+    if settings["groups"] == 2:
+        features *= 2
+    x, kernel = _normal(rng, 12, 9, 8, 6), _normal(rng, 3, 2, 6 // settings["groups"], features)
+    expected, pullback = jax.vjp(lambda k: _plain(x, k, **settings), kernel)
+    grad = np.asarray(jnp.cos(expected) + 1)
+    values = (x, kernel, grad)
+    text = jax.jit(lambda *v: kernel_gradient._by_parts(*v, **settings)).lower(*values).as_text()
+    images = kernel_gradient.largest_divisor(12, min(8, cached // (9 * 8 * 6 + grad[0].size)))
+    assert text.count("stablehlo.convolution") == 12 // images
+    found = jax.jit(lambda *v: kernel_gradient._by_parts(*v, **settings))(*values)
+    _assert_close([found], pullback(grad))
 
 
 def test_a_1x1_convolution_is_a_matrix_product():

@@ -4,10 +4,6 @@ Every case draws random weights and random batch-norm statistics, takes the stat
 package names it, finds the network in it and compares the logits.
 """
 
-import functools
-import importlib
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -19,6 +15,8 @@ from lrq_jax.readers.detection import best_match, detect_match, fit_graph
 from lrq_jax.readers.names import match_variables
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch's classes: pip install torch")
+
+from torchvision_module import load_torchvision  # noqa: E402
 
 # (package, name there, our name, input size); names beginning with ! do not decide our network.
 CASES = [
@@ -63,22 +61,6 @@ CASES = [
     ("pytorchcv", "inceptionv3", "inception_v3", 107),
     ("pytorchcv", "densenet121", "densenet121", 64),
 ]  # fmt: skip
-
-
-@functools.cache
-def load_torchvision():
-    """torchvision, also where its compiled operators are missing (nothing here uses them)."""
-    found = importlib.util.find_spec("torchvision")
-    if found is None:
-        pytest.skip("compares with torchvision's classes: pip install torchvision")
-    try:
-        torch.ops.load_library(next(Path(found.origin).parent.glob("_C*")))
-    except (OSError, StopIteration):
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        load_torchvision.library = library  # kept alive
-    return importlib.import_module("torchvision")
 
 
 def make(package, name):

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lrq_jax.ops.divisors import largest_divisor
+
 CACHED_VALUES = 2**18
 """Of each of two arrays that are multiplied again and again: 1 MiB each."""
 
@@ -132,8 +134,8 @@ def _kernel_gradient(x: jax.Array, kernel_shape: tuple[int, ...], grad: jax.Arra
     than offset by offset over the whole.
     """
     batch, height, width, channels = grad.shape
-    images = _largest_divisor(batch, CACHED_VALUES // (height * width * channels))
-    rows = _largest_divisor(height, CACHED_VALUES // (images * width * channels))
+    images = largest_divisor(batch, CACHED_VALUES // (height * width * channels))
+    rows = largest_divisor(height, CACHED_VALUES // (images * width * channels))
     # Every n-th image is in one part: of a batch split over devices each holds some of all parts.
     padded = _pad(x, padding)
     padded = padded.reshape(images, batch // images, *padded.shape[1:])
@@ -158,11 +160,6 @@ def _kernel_gradient(x: jax.Array, kernel_shape: tuple[int, ...], grad: jax.Arra
     ]
     taps = lax.map(tap, jnp.asarray(places)).reshape(-1, len(offsets), channels)
     return taps.sum(0).reshape(*kernel_shape[:2], 1, channels)
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor up to a limit, at least 1."""
-    return next(n for n in range(max(min(number, limit), 1), 0, -1) if number % n == 0)
 
 
 depthwise_conv.defvjp(_forward, _backward)
