@@ -125,6 +125,6 @@ def check_trains(arch, placement, count):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("arch", map(trained, FAMILIES))
+@pytest.mark.parametrize("arch", [trained(arch) for arch in FAMILIES])
 def test_every_network_is_quantized_and_trained(arch, placement):
     check_trains(arch, placement, 20)
