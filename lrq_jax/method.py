@@ -101,6 +101,7 @@ class Method:
     adam_epsilon: float = 1e-8  # of every Adam
     gradient_clip: float = 10.0  # largest global norm of either gradient; the lineage has none
     augmentation: str = "none"  # of the pool's images in training: none | crop_flip | shift_flip
+    mixup: float = 0.0  # probability that such an image is mixed with another (1710.09412)
     # --- noise images (images = noise) ---
     noise_parameters: str = "pixels"  # what is optimised: pixels | latents (Genie, 2212.04780)
     noise_generator_rate: float = 0.01  # Adam, of the generator that latents come with (Genie)
@@ -171,7 +172,7 @@ class Method:
         # at 1 an average never moves
         for name in ("student_momentum", "generator_beta1", "noise_beta1", "average_decay"):
             self._check(name, minimum=0, maximum=0.9999)
-        for name in ("superposition", "ce_hardest", "inundation", "noise_lowest_target",
+        for name in ("superposition", "ce_hardest", "inundation", "mixup", "noise_lowest_target",
                      "noise_augment_probability", "reconstruction_warmup",
                      "reconstruction_drop"):  # fmt: skip
             self._check(name, minimum=0, maximum=1)

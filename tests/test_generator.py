@@ -12,7 +12,12 @@ import pytest
 from PIL import Image
 
 from lrq_jax.synthesis.attention import LongRangeAttention, attention_block, large_kernel_attention
-from lrq_jax.synthesis.augmentation import random_resized_crop_flip, random_shift_flip, swing
+from lrq_jax.synthesis.augmentation import (
+    mixup,
+    random_resized_crop_flip,
+    random_shift_flip,
+    swing,
+)
 from lrq_jax.synthesis.generator import (
     ATTENTION_PLACES,
     CONDITIONINGS,
@@ -359,6 +364,21 @@ def test_the_generator_owns_parameters_and_no_running_statistics():
     assert set(made) == {"params"}
     alone = jax.eval_shape(functools.partial(init_generator, SMALL), _key(0))
     assert jax.tree.structure(made["params"]) == jax.tree.structure(alone)
+
+
+# ---- mixup ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_mixed_images_are_weighted_means_of_pairs(probability, rng):
+    images, others = rng.standard_normal((2, 2000, 2, 3, 1)).astype(np.float32)
+    mixed, share = map(np.asarray, mixup(_key(0), images, others, probability=probability))
+    for image, other, part, found in zip(images, others, share, mixed, strict=True):
+        np.testing.assert_allclose(found, part * image + (1 - part) * other, atol=1e-6)
+    assert abs(np.mean(share < 1) - probability) < 0.05
+    if probability:
+        assert abs(np.mean(share[share < 1]) - 1 / 2) < 0.05
+        assert abs(np.var(share[share < 1]) - 1 / 12) < 0.01  # of U(0, 1)
 
 
 # ---- crop and flip -----------------------------------------------------------------------------

@@ -187,6 +187,21 @@ def test_each_device_trains_on_its_share_of_the_pool():
     assert "all-reduce" in text
 
 
+def test_a_batch_of_the_pool_is_mixed_with_another_and_so_are_its_labels():
+    pool, labels = jnp.arange(10.0)[:, None, None, None] * jnp.ones((10, 8, 8, 1)), jnp.arange(10)
+    drawn = {}
+    for probability in (0.0, 1.0):
+        spec = step_spec(TEACHER, tiny_settings(images="noise", mixup=probability), None)
+        drawn[probability] = steps.training_batch(jax.random.key(1), pool, labels, spec)
+    plain, of_plain = drawn[0.0]
+    assert np.array_equal(plain[:, 0, 0, 0], of_plain)
+    mixed, weights = drawn[1.0]
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(mixed[:, 0, 0, 0], weights @ jnp.arange(10.0), atol=1e-5)
+    assert np.max(np.count_nonzero(weights, axis=1)) == 2
+    assert not np.array_equal(np.argmax(weights, 1), of_plain)
+
+
 # ---- latents -------------------------------------------------------------------------------------
 
 

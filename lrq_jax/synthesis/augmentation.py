@@ -95,6 +95,27 @@ def swing(key: jax.Array, images: jax.Array, *, reach: int) -> jax.Array:
     return jax.lax.dynamic_slice(padded, (0, corner[0], corner[1], 0), images.shape)
 
 
+def mixup(key: jax.Array, images: jax.Array, others: jax.Array, *, probability: float) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Weighted means of pairs of images, `share * image + (1 - share) * other`.
+
+    Source: mixup (arXiv 1710.09412) with Beta(1, 1); in distillation, where the teacher is asked
+    again about the mixed image, arXiv 2106.05237.
+
+    Args:
+      key: PRNG key.
+      images, others: `[B, H, W, C]`.
+      probability: of an image being mixed; the rest stay as they are.
+
+    Returns:
+      Images `[B, H, W, C]`, and the share `[B]` that each has of its first image.
+    """
+    coin_key, share_key = jax.random.split(key)
+    mixed = jax.random.bernoulli(coin_key, probability, images.shape[:1])
+    share = jnp.where(mixed, jax.random.uniform(share_key, images.shape[:1]), 1.0)
+    weight = share[:, None, None, None]
+    return weight * images + (1 - weight) * others, share
+
+
 def unchanged(key: jax.Array, images: jax.Array) -> jax.Array:
     """The images as they are."""
     return images

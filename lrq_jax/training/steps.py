@@ -23,7 +23,7 @@ from lrq_jax.passes.rounding import rounded_weights, with_held_ranges
 from lrq_jax.quantizers.rounding import ROUNDINGS
 from lrq_jax.resources import accumulated_gradient
 from lrq_jax.sharding import constrain_batch
-from lrq_jax.synthesis.augmentation import AUGMENTATIONS
+from lrq_jax.synthesis.augmentation import AUGMENTATIONS, mixup
 from lrq_jax.synthesis.generator import generate, init_generator
 from lrq_jax.synthesis.superposition import superposed_labels
 from lrq_jax.training.averaging import Average, initial_average, update_average
@@ -259,12 +259,36 @@ def joint_step(state: TrainState, teacher: Variables, *, spec: StepSpec) -> tupl
     return state._replace(step=state.step + 1), {**aux["terms"], **terms}
 
 
-def _draw(state: TrainState, images: jax.Array, labels: jax.Array, spec: StepSpec) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+def _draw(key: jax.Array, images: jax.Array, labels: jax.Array, spec: StepSpec) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """A step's batch of the pool, augmented, and its labels."""
-    pick_key, augment_key = jax.random.split(step_key(state))
+    pick_key, augment_key = jax.random.split(key)
     picked = jax.random.randint(pick_key, (spec.method.batch_size,), 0, images.shape[0])
     picked = constrain_batch(picked, spec.mesh)
     return AUGMENTATIONS[spec.method.augmentation](augment_key, images[picked]), labels[picked]
+
+
+def training_batch(key: jax.Array, images: jax.Array, labels: jax.Array, spec: StepSpec) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """A step's batch of the pool, augmented and mixed, as the method says.
+
+    Args:
+      key: PRNG key.
+      images: `[N, H, W, C]`, the pool.
+      labels: `[N]`.
+
+    Returns:
+      Images `[B, H, W, C]`; labels `[B]`, or class weights `[B, K]` where images are mixed.
+    """
+    batch, labels_of_batch = _draw(key, images, labels, spec)
+    probability = spec.method.mixup
+    if not probability:
+        return batch, labels_of_batch
+    other_key, mix_key = jax.random.split(jax.random.fold_in(key, 1))
+    others, labels_of_others = _draw(other_key, images, labels, spec)
+    batch, share = mixup(mix_key, batch, others, probability=probability)
+    first, second = (
+        jax.nn.one_hot(some, spec.graph.num_classes) for some in (labels_of_batch, labels_of_others)
+    )
+    return batch, share[:, None] * first + (1 - share[:, None]) * second
 
 
 def pool_step(state: TrainState, teacher: Variables, images: jax.Array, labels: jax.Array, *,
@@ -275,7 +299,7 @@ def pool_step(state: TrainState, teacher: Variables, images: jax.Array, labels: 
       images: `[N, H, W, C]`, the pool.
       labels: `[N]`.
     """
-    batch, labels = _draw(state, images, labels, spec)
+    batch, labels = training_batch(step_key(state), images, labels, spec)
     lesson = lesson_of(teacher, batch, spec)
     state, terms = _update_student(state, teacher, batch, labels, lesson, spec)
     return state._replace(step=state.step + 1), terms
@@ -284,7 +308,7 @@ def pool_step(state: TrainState, teacher: Variables, images: jax.Array, labels: 
 def pool_calibration_step(state: TrainState, teacher: Variables, images: jax.Array,
                           labels: jax.Array, *, spec: StepSpec) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Updates the student's activation ranges on a batch of the pool, and nothing else."""
-    batch, labels = _draw(state, images, labels, spec)
+    batch, labels = _draw(step_key(state), images, labels, spec)
     logits, student = calibrate(spec.student, state.student, batch)
     terms = {"student/ce": losses.cross_entropy(logits, labels)}
     return state._replace(step=state.step + 1, student=student), terms
