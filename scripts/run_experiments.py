@@ -80,6 +80,7 @@ FAST = {
 }
 FAST_PARTS = {
     "fast": [],
+    "no mixup": ["--config.method.mixup=0.0"],
     "channel alignment": ["--config.method.channel_alignment=1000.0"],
     "activation map alignment": ["--config.method.cam_alignment=1.0"],
     "perturbation": ["--config.method.perturbation=0.01"],
