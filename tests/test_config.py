@@ -102,6 +102,7 @@ OTHER_VALUES = {
     "noise_augment_probability": 0.25,
     "noise_clip": True,
     "augmentation": "shift_flip",
+    "mixup": 0.7,
     "calibration_images": "pool",
 }
 
