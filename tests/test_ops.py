@@ -170,8 +170,8 @@ def test_each_platform_is_lowered_to_its_own_form(target):
     def convolution_gradients(x, k):
         return jax.grad(lambda x, k: jnp.sum(conv2d(x, k) ** 2), (0, 1))(x, k)
 
-    text = _lowered(convolution_gradients, target, (16, 6, 6, 4), (3, 3, 4, 4))
-    assert text.count("stablehlo.convolution") == (4 if target == "cpu" else 3)
+    text = _lowered(convolution_gradients, target, (16, 64, 64, 16), (3, 3, 16, 16))
+    assert text.count("stablehlo.convolution") == (10 if target == "cpu" else 3)
     text = _lowered(upsample_gradients, target, (2, 6, 6, 4), (3, 3, 4, 4))
     assert text.count("stablehlo.convolution") == (0 if target == "cpu" else 3)
 
@@ -269,11 +269,11 @@ def test_conv2d_equals_the_definition_and_its_gradients_the_plain_ones(case, rng
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cached", [1, 900, 10**6], ids=["an image", "some", "eight"])
+@pytest.mark.parametrize("parts", [1, 3, 12])
 @pytest.mark.parametrize("features", [3, 6])
 @pytest.mark.parametrize("case", ["plain", "everything", "everything without strides", "groups"])
-def test_the_kernel_gradient_of_the_cpu_is_the_plain_one(case, features, cached, rng, monkeypatch):
-    monkeypatch.setattr(kernel_gradient, "CACHED_VALUES", cached)
+def test_the_kernel_gradient_of_the_cpu_is_the_plain_one(case, features, parts, rng, monkeypatch):
+    monkeypatch.setattr(kernel_gradient, "_number_of_parts", lambda batch, values: parts)
     settings = {"strides": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1}
     settings |= CONVOLUTIONS[case.removesuffix(" without strides")][1]
     if case.endswith("without strides"):
@@ -282,13 +282,19 @@ def test_the_kernel_gradient_of_the_cpu_is_the_plain_one(case, features, cached,
         features *= 2
     x, kernel = _normal(rng, 12, 9, 8, 6), _normal(rng, 3, 2, 6 // settings["groups"], features)
     expected, pullback = jax.vjp(lambda k: _plain(x, k, **settings), kernel)
-    grad = np.asarray(jnp.cos(expected) + 1)
-    values = (x, kernel, grad)
-    text = jax.jit(lambda *v: kernel_gradient._by_parts(*v, **settings)).lower(*values).as_text()
-    images = kernel_gradient.largest_divisor(12, min(8, cached // (9 * 8 * 6 + grad[0].size)))
-    assert text.count("stablehlo.convolution") == 12 // images
-    found = jax.jit(lambda *v: kernel_gradient._by_parts(*v, **settings))(*values)
-    _assert_close([found], pullback(grad))
+    values = (x, kernel, np.asarray(jnp.cos(expected) + 1))
+    gradient = jax.jit(lambda *v: kernel_gradient._by_parts(*v, **settings))
+    assert gradient.lower(*values).as_text().count("stablehlo.convolution") == parts
+    _assert_close([gradient(*values)], pullback(values[2]))
+
+
+@pytest.mark.parametrize(
+    ("batch", "values", "parts"),
+    [(64, 2**21, 8), (64, 2**19, 1), (200, 200 * 2**15, 10), (60, 60 * 2**15, 6), (127, 2**22, 1),
+     (8, 8 * 2**19, 8), (32, 2**24, 16), (0, 0, 1)],
+)  # fmt: skip
+def test_a_gradient_has_few_parts_whatever_the_batch(batch, values, parts):
+    assert kernel_gradient._number_of_parts(batch, values) == parts
 
 
 def test_a_1x1_convolution_is_a_matrix_product():

@@ -20,6 +20,11 @@ CACHED_VALUES = 2**18
 """Of the images and the gradients of a part: 1 MiB."""
 IMAGES = 8
 """The most images of a part; more are slower on small maps, which the cache would hold."""
+WHOLE_VALUES = 2**20
+"""Of images and gradients below which XLA's own is as fast."""
+MOST_PARTS = 16
+"""Each is compiled for itself: a loop is ten times slower, since XLA runs its convolutions on one
+thread and without Eigen."""
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
@@ -106,13 +111,11 @@ def _by_parts(x: jax.Array, kernel: jax.Array, grad: jax.Array, strides: Pair, p
     """The sum of the gradients of a few images at a time."""
     # XLA is slow where a kernel makes few features of many channels, not the other way round.
     exchanged = groups == 1 and strides == (1, 1) and grad.shape[-1] < x.shape[-1]
-    batch = x.shape[0]
-    cached = CACHED_VALUES // ((x.size + grad.size) // batch)
-    images = largest_divisor(batch, min(cached, IMAGES))
+    batch, parts = x.shape[0], _number_of_parts(x.shape[0], x.size + grad.size)
     # Every n-th image is in one part: of a batch split over devices each holds some of all parts.
-    xs, grads = (a.reshape(images, batch // images, *a.shape[1:]) for a in (x, grad))
+    xs, grads = (a.reshape(batch // parts, parts, *a.shape[1:]) for a in (x, grad))
     total: Any = None
-    for i in range(batch // images):
+    for i in range(parts):
         part = (xs[:, i], kernel, grads[:, i])
         if exchanged:
             term = _exchanged(*part, padding, dilation)
@@ -120,3 +123,11 @@ def _by_parts(x: jax.Array, kernel: jax.Array, grad: jax.Array, strides: Pair, p
             term = _plain(*part, strides, padding, dilation, groups)
         total = term if total is None else total + term
     return total
+
+
+def _number_of_parts(batch: int, values: int) -> int:
+    """A divisor of the batch: near one part for each `CACHED_VALUES` and each `IMAGES`."""
+    if values < WHOLE_VALUES:
+        return 1
+    wanted = max(-(-values // CACHED_VALUES), -(-batch // IMAGES))
+    return largest_divisor(batch, min(wanted, MOST_PARTS))
