@@ -519,3 +519,20 @@ def test_published_files_convert_as_they_are(tmp_path, file, arch, parameters, m
         arch, parameters, mean)  # fmt: skip
     save_teacher(made, tmp_path / "t")
     assert teacher_hash(load_teacher(tmp_path / "t")) == teacher_hash(made)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [({"bn_eps": float("nan")}, "bn_eps nan"), ({"bn_eps": -1.0}, "bn_eps -1.0"),
+     ({"size": 0}, "size 0"), ({"size": -3}, "size -3"), ({"resize": 0}, "resize 0")],
+)  # fmt: skip
+def test_choices_that_no_image_or_norm_can_have_are_refused(choice, message, tmp_path):
+    with pytest.raises(ReaderError, match=f"found {message}, expected"):
+        convert_teacher(tmp_path / "unread.pt", **choice)
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v2_cifar", "mobilenet_v1", "efficientnet_lite0"])
+def test_a_file_of_another_family_than_the_one_named_is_told_by_its_arrays(arch, tmp_path):
+    np.savez(tmp_path / "a.npz", **{"conv1.weight": np.zeros((16, 3, 3, 3), np.float32)})
+    with pytest.raises(ReaderError, match=r"in the file only: 'conv1\.weight'"):
+        convert_teacher(tmp_path / "a.npz", arch=arch)

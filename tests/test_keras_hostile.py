@@ -90,7 +90,7 @@ def test_other_ways_to_hold_too_much(tmp_path):
         file["model_weights/again"] = file["model_weights"]
 
     path = change(write(tmp_path, nodes(), LAYOUTS[0]), loop)
-    with pytest.raises(ReaderError, match=r"nested over 32 deep|can hold"):
+    with pytest.raises(ReaderError, match="linked twice"):
         convert_teacher(path, **PLAIN)
 
     def packed(file, kernel):

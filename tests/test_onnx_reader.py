@@ -521,6 +521,17 @@ def test_cycle(tmp_path):
         read_onnx(model.save(tmp_path / "m.onnx", x))
 
 
+def test_broken_weights_are_refused_in_every_format(tmp_path):
+    model = Model()
+    path = model.save(tmp_path / "m.onnx", tiny(model))
+    proto = onnx.load(path)
+    weight = proto.graph.initializer[0]
+    weight.raw_data = np.full(weight.dims, np.nan, np.float32).tobytes()
+    onnx.save_model(proto, path)
+    with pytest.raises(ReaderError, match=r"^m\.onnx: found NaN.*params/.*/kernel"):
+        convert_teacher(path, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
 def external(tmp_path, location, **entries):
     """A model in `tmp_path/model` whose first weight lies at `location`."""
     model = Model()
@@ -547,6 +558,31 @@ def test_external_data_beside_the_file(tmp_path):
     kernel = next(iter(network.variables["params"].values()))["kernel"]
     expected = np.frombuffer(data, np.float32).reshape(8, 3, 3, 3).transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(kernel, expected)
+
+
+def test_external_data_of_a_linked_model(tmp_path):
+    """Hugging Face's cache: both files are links into one folder of blobs."""
+    path, data = external(tmp_path, "m.onnx.data", length=864)
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    path.rename(blobs / "aaa")
+    (blobs / "bbb").write_bytes(data)
+    (snapshot / "m.onnx").symlink_to("../blobs/aaa")
+    (snapshot / "m.onnx.data").symlink_to("../blobs/bbb")
+    assert read_onnx(snapshot / "m.onnx").variables
+    (tmp_path / "secret").write_bytes(data)
+    (snapshot / "m.onnx.data").unlink()
+    (snapshot / "m.onnx.data").symlink_to("../secret")
+    with pytest.raises(ReaderError, match="inside the model's folder: refused"):
+        read_onnx(snapshot / "m.onnx")
+
+
+@pytest.mark.parametrize("location", ["a\0b", "n" * 5000])
+def test_external_data_under_names_that_no_file_has(location, tmp_path):
+    path, _ = external(tmp_path, location)
+    with pytest.raises(ReaderError, match="expected a file inside the model's folder"):
+        read_onnx(path)
 
 
 def test_external_data_outside_the_folder_is_refused(tmp_path):

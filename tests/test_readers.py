@@ -15,7 +15,9 @@ from lrq_jax.readers import (
     read_safetensors_file,
     read_torch_file,
     torch_file,
+    zip_limits,
 )
+from lrq_jax.readers.npz_file import read_npz_file
 
 # --- a pickle assembler: what torch.save writes, without torch -----------------------------------
 
@@ -271,6 +273,24 @@ def test_anything_but_plain_tensors_is_refused_by_name(tmp_path, write, value, m
         read_torch_file(path)
 
 
+def test_a_small_file_does_not_expand_to_gigabytes(tmp_path):
+    wide = tensor(storage("0", "FloatStorage", 24), (1 << 24,), (0,))
+    path = write_zip(tmp_path / "a.pt", {"w": wide}, {"0": VALUES.tobytes()})
+    with pytest.raises(ReaderError, match="expected what the file can hold"):
+        read_torch_file(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_compressions_that_zipfile_does_not_bound_are_refused(suffix, compression, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("data.pkl", bytes(100))
+    read = read_torch_file if suffix == ".pt" else read_npz_file
+    with pytest.raises(ReaderError, match=r"'data\.pkl' of compression \d+, expected stored"):
+        read(path)
+
+
 def test_shared_nodes_are_visited_once(tmp_path):
     code = b"]q\x00" + b"".join(b"](" + b"h%c" % n * 10 + b"eq%c" % (n + 1) for n in range(60))
     write_zip(tmp_path / "a.pt", b"\x80\x02" + code + b".", {})
@@ -315,7 +335,7 @@ def test_damaged_and_foreign_files_are_errors(tmp_path, monkeypatch):
     for content in (b"", b"hello world\n", bytes(100), pickle.dumps({"w": 1})):
         path.write_bytes(content)
         refused(path, r"a\.pt: found")
-    monkeypatch.setattr(torch_file, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(zip_limits, "MAX_BYTES", 10_000)
     refused(write_zip(path, tree, {"0": bytes(9_900)}, "little", 8), "at most 10000 and")
     monkeypatch.setattr(torch_file, "MAX_BYTES", 300)
     refused(write_zip(path, tree, {"0": blob}), "over 300 bytes, expected less")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ from lrq_jax.readers.onnx_preprocessing import onnx_preprocessing
 from lrq_jax.readers.published.files import PublishedFile, find_published
 from lrq_jax.readers.published.recipes import find_recipe
 from lrq_jax.readers.safetensors_file import read_safetensors_file
-from lrq_jax.readers.teacher import Teacher
+from lrq_jax.readers.teacher import Teacher, flatten_variables
 from lrq_jax.readers.torch_file import read_torch_file
 
 Channels = tuple[float, ...]
@@ -81,6 +82,11 @@ class Choices:
     bn_eps: float | None = None
 
     def __post_init__(self) -> None:
+        for name, unit in (("size", "pixels"), ("resize", "pixels")):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ReaderError(f"found {name} {value}, expected at least 1, {unit}")
+        if self.bn_eps is not None and not 0 <= self.bn_eps < math.inf:
+            raise ReaderError(f"found bn_eps {self.bn_eps}, expected a finite number from 0 up")
         if (self.mean is None) != (self.std is None):
             raise ReaderError("found only one of mean and std, expected both or none")
         if self.mean is not None and max(*self.mean, *self.std) > 1:
@@ -123,9 +129,23 @@ def convert_teacher(source: str | Path, arch: str | None = None, *, num_classes:
         if str(error).startswith(f"{path.name}: "):
             raise
         raise ReaderError(f"{path.name}: {error}") from error
+    _refuse_broken(path.name, made)
     return dataclasses.replace(
         _with_choices(made, chosen), source=path.name, source_sha256=_sha256(path)
     )
+
+
+def _refuse_broken(file: str, teacher: Teacher) -> None:
+    broken = [
+        name
+        for name, array in flatten_variables(teacher.variables).items()
+        if not np.isfinite(array).all() or (name.endswith("/var") and (array < 0).any())
+    ]
+    if broken:
+        raise ReaderError(
+            f"{file}: found NaN, infinity or a negative variance, expected finite weights, in "
+            + ", ".join(broken)
+        )
 
 
 def _from_state_dict(path: Path, arch: str | None, num_classes: int | None, chosen: Choices) -> Teacher:  # fmt: skip

@@ -140,7 +140,9 @@ def best_match(arch: str, state: State, *, namings: tuple[Naming, ...] = NAMINGS
       ValueError: an unknown architecture.
     """
     graph = build_network(arch)
-    known = [x for x in namings if None not in x.modules(graph).values()]
+    known = [
+        x for x in namings if re.fullmatch(x.archs, arch) and None not in x.modules(graph).values()
+    ]
     known = [x for x in known if all(mark in state for mark in x.marks)] or known
     if not known:
         raise ReaderError(

@@ -105,11 +105,16 @@ class _Reader:
         self.h5py, self.limit, self.total = h5py, limit, 0
         self.arrays: dict[str, np.ndarray] = {}
         self.attributes: dict[str, dict[str, Any]] = {}
+        self._seen: set[int] = set()  # addresses of groups
 
     def visit(self, group: Any, path: str, leave_out: set[str]) -> None:
         """Reads a group and everything below it."""
-        if path.count("/") >= _MAX_DEPTH:  # also ends hard links that go round in a circle
+        if path.count("/") >= _MAX_DEPTH:
             raise ReaderError(f"found groups nested over {_MAX_DEPTH} deep at {path!r}")
+        address = self.h5py.h5o.get_info(group.id).addr
+        if address in self._seen:
+            raise ReaderError(f"found group {path!r} linked twice, expected each once")
+        self._seen.add(address)
         self.attributes[path] = self._attributes(group, path)
         for name in group:
             if name in leave_out:

@@ -19,7 +19,7 @@ import numpy as np
 
 from lrq_jax.readers.errors import ReaderError
 from lrq_jax.readers.hdf5_file import Hdf5Tree, read_hdf5
-from lrq_jax.readers.torch_pickle import MAX_BYTES
+from lrq_jax.readers.zip_limits import check_archive
 
 SUFFIXES = (".h5", ".hdf5", ".keras")
 
@@ -166,12 +166,7 @@ def read_keras_file(path: Path) -> KerasFile:
 def _read_archive(path: Path) -> KerasFile:
     try:
         with zipfile.ZipFile(path) as archive:
-            size, total = path.stat().st_size, sum(i.file_size for i in archive.infolist())
-            if total > MAX_BYTES or total > _MAX_RATIO * size:
-                raise ReaderError(
-                    f"found an archive of {size} bytes that unpacks to {total}, expected at most "
-                    f"{MAX_BYTES} and {_MAX_RATIO} times the file"
-                )
+            check_archive(archive, path.stat().st_size)
             members = set(archive.namelist())
             if not {_CONFIG, _METADATA, _WEIGHTS} <= members:
                 raise ReaderError(

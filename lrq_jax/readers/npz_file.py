@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from lrq_jax.readers.errors import ReaderError
-from lrq_jax.readers.torch_pickle import MAX_BYTES
+from lrq_jax.readers.zip_limits import check_archive
 
-_MAX_RATIO = 100
-"""Unpacked bytes for one of the file; trained weights hardly shrink."""
 _MAX_HEADER = 10_000
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -33,16 +31,10 @@ def read_npz_file(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"found no file {str(path)!r}, expected a NumPy archive")
-    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            total = sum(member.file_size for member in members)
-            if total > MAX_BYTES or total > _MAX_RATIO * size:
-                raise ReaderError(
-                    f"{path.name}: found an archive of {size} bytes that unpacks to {total}, "
-                    f"expected at most {MAX_BYTES} and {_MAX_RATIO} times the file"
-                )
+            check_archive(archive, path.stat().st_size)
             return {
                 member.filename.removesuffix(".npy"): _array(archive.read(member), member.filename)
                 for member in members

@@ -116,7 +116,9 @@ def _node_tensors(nodes: Iterator[onnx.NodeProto]) -> Iterator[onnx.TensorProto]
 def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
     """Weights kept beside the file, into it: each inside the folder, in bounds, no links out."""
     onnx = require("onnx")
-    folder, total = path.resolve().parent, path.stat().st_size
+    # A model may be a link (Hugging Face's cache): its data lie beside the link, or what it leads to.
+    folders = (path.absolute().parent, path.resolve().parent)
+    total = path.stat().st_size
     tensors = list(_tensors(model.graph))
     for function in model.functions:
         tensors += _node_tensors(function.node)
@@ -125,8 +127,8 @@ def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
-        file = (folder / location).resolve()
-        if not location or not file.is_relative_to(folder):
+        file = _beside(folders, location) if location else None
+        if file is None:
             raise ReaderError(
                 f"found the data of {tensor.name!r} at {location!r}, expected a file inside the "
                 "model's folder: refused"
@@ -154,6 +156,17 @@ def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
             tensor.raw_data = stream.read(length)
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
+
+
+def _beside(folders: tuple[Path, Path], location: str) -> Path | None:
+    """The file of that name, links followed; None where that leads out of the model's folders."""
+    inside = tuple(folder.resolve() for folder in folders)
+    try:
+        found = [(folder / location).resolve() for folder in folders]
+        there = [file for file in found if file.is_file()] or found
+    except (OSError, ValueError):  # names no file can have
+        return None
+    return there[0] if any(there[0].is_relative_to(folder) for folder in inside) else None
 
 
 # --- what the model is ---------------------------------------------------------------------------

@@ -26,13 +26,16 @@ from lrq_jax.readers.torch_pickle import (
     storage_of,
     unpickle,
 )
+from lrq_jax.readers.zip_limits import check_archive
 
 __all__ = ["ReaderError", "read_torch_file"]
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MAX_RATIO = 100
-"""Unpacked bytes for one of the file; PyTorch does not compress, so 1 is what to expect."""
+"""Bytes of all tensors for one of the file: views of one storage may overlap, a few times ..."""
+_ANY_FILE = 2**24
+"""... or a small file's expanded ones."""
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -74,12 +77,7 @@ def _read_zip(file: BinaryIO, file_size: int) -> Any:
         raise ReaderError(f"found a truncated or damaged zip archive ({error})") from error
     with archive:
         members = {info.filename: info for info in archive.infolist()}
-        total = sum(info.file_size for info in archive.infolist())
-        if total > MAX_BYTES or total > _MAX_RATIO * file_size:
-            raise ReaderError(
-                f"found an archive of {file_size} bytes that unpacks to {total}, expected at most "
-                f"{MAX_BYTES} and {_MAX_RATIO} times the file"
-            )
+        check_archive(archive, file_size)
         roots = [name for name in members if name.endswith("data.pkl") and name.count("/") <= 1]
         prefix = roots[0].removesuffix("data.pkl") if len(roots) == 1 else None
         if prefix is None or prefix + "constants.pkl" in members:
@@ -105,6 +103,7 @@ def _read_zip(file: BinaryIO, file_size: int) -> Any:
             unpickle(read("data.pkl")),
             lambda storage: read(f"data/{storage.key}"),
             little_endian=order == b"little",
+            file_size=file_size,
         )
 
 
@@ -136,7 +135,8 @@ def _read_legacy(file: BinaryIO, file_size: int) -> Any:
 
     tree = unpickle(_next_pickle(file, "the pickle of the tensors"), load_storage)
     keys = _next_value(file, "the list of storages")
-    if not isinstance(keys, list) or set(keys) != set(roots) or len(keys) != len(roots):
+    known = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not known or set(keys) != set(roots) or len(keys) != len(roots):
         raise ReaderError("found other storages listed than used, expected the same")
     blobs: dict[str, bytes] = {}
     for key in keys:
@@ -149,7 +149,8 @@ def _read_legacy(file: BinaryIO, file_size: int) -> Any:
         if count != root.numel:
             raise ReaderError(f"found {count} elements in storage {key!r}, expected {root.numel}")
         blobs[key] = file.read(size)
-    return _materialize(tree, lambda storage: blobs[storage.key], little_endian=True, roots=roots)
+    return _materialize(tree, lambda storage: blobs[storage.key], little_endian=True,
+                        file_size=file_size, roots=roots)  # fmt: skip
 
 
 def _next_pickle(file: BinaryIO, what: str) -> bytes:
@@ -176,7 +177,7 @@ def _next_value(file: BinaryIO, what: str) -> Any:
 
 
 def _materialize(tree: Any, read: Callable[[Storage], bytes], *, little_endian: bool,
-                 roots: dict[str, Storage] | None = None) -> Any:  # fmt: skip
+                 file_size: int, roots: dict[str, Storage] | None = None) -> Any:  # fmt: skip
     blobs: dict[str, bytes] = {}
 
     def array(record: TensorRecord) -> np.ndarray:
@@ -193,7 +194,7 @@ def _materialize(tree: Any, read: Callable[[Storage], bytes], *, little_endian: 
             )
         return _strided(blob, record, little_endian)
 
-    return resolve(tree, array)
+    return resolve(tree, array, limit=min(MAX_BYTES, max(_MAX_RATIO * file_size, _ANY_FILE)))
 
 
 def _strided(blob: bytes, record: TensorRecord, little_endian: bool) -> np.ndarray:

@@ -279,11 +279,11 @@ def unpickle(data: bytes, load_storage: Callable[[tuple], Storage] = storage_of)
         raise ReaderError(f"found a damaged pickle ({error!r}), expected a complete one") from error
 
 
-def resolve(tree: Any, array: Callable[[TensorRecord], np.ndarray]) -> Any:
+def resolve(tree: Any, array: Callable[[TensorRecord], np.ndarray], *, limit: int = MAX_BYTES) -> Any:  # fmt: skip
     """The tree with every tensor record replaced by its array; each shared node is visited once.
 
     Raises:
-      ReaderError: tensors that would take up more than `MAX_BYTES`, or a tree within itself.
+      ReaderError: tensors that would take up more than `limit` bytes, or a tree within itself.
     """
     done: dict[int, Any] = {}
     total = 0
@@ -294,8 +294,10 @@ def resolve(tree: Any, array: Callable[[TensorRecord], np.ndarray]) -> Any:
             return done[id(node)]
         if isinstance(node, TensorRecord):
             total += node.nbytes
-            if total > MAX_BYTES:
-                raise ReaderError(f"found tensors of over {MAX_BYTES} bytes together, refused")
+            if total > limit:
+                raise ReaderError(
+                    f"found tensors of over {limit} bytes together, expected what the file can hold"
+                )
             made: Any = array(node)
         elif isinstance(node, dict):
             made = {key: visit(value) for key, value in node.items()}
