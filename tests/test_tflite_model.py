@@ -17,6 +17,7 @@ from lrq_jax.writers import extras, tflite_builder
 from lrq_jax.writers import tflite_model as module
 from lrq_jax.writers.codes import student_codes
 from lrq_jax.writers.sum_constants import Sum, fixed_point_sum, int8_sum_is_ours, sum_constants
+from lrq_jax.writers.tflite_float import tflite_float_twin
 from lrq_jax.writers.tflite_model import LOGITS, tflite_model
 
 interpreter = pytest.importorskip(
@@ -76,6 +77,39 @@ def operators(file):
         )
         for op in graph.operators
     ]
+
+
+SLICES = {
+    "every second pixel": ({"step": (2, 2, 1)}, "DEPTHWISE_CONV_2D"),
+    "every third column": ({"step": (1, 3, 1)}, "DEPTHWISE_CONV_2D"),
+    "rows and columns at strides of their own": ({"step": (3, 2, 1)}, "DEPTHWISE_CONV_2D"),
+    "not from the first pixel": ({"start": (1, 0, 0), "step": (2, 2, 1)}, "STRIDED_SLICE"),
+    "not to the last pixel": ({"stop": (6, None, None), "step": (2, 2, 1)}, "STRIDED_SLICE"),
+    "every second channel": ({"step": (2, 2, 2)}, "STRIDED_SLICE"),
+    "a crop": ({"start": (1, 2, 0)}, "STRIDED_SLICE"),
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_slices_keep_every_code_in_an_operator_that_the_runtime_has(name):
+    """XNNPACK has convolutions, and no slices with steps."""
+    arguments, operator = SLICES[name]
+
+    def build():
+        net = GraphBuilder("sliced", input_shape=(8, 8, 3))
+        x = net.batch_norm(net.conv(net.image, 4, 3))
+        net.dense(net.global_pool(net.add(*2 * [net.slice(x, **arguments)])), 5, name="classifier")
+        return net.build()
+
+    student, variables, _ = calibrated(build, 4)
+    codes = student_codes(student, variables)
+    file = tflite_model(student, codes, metadata={})
+    written = [kind for kind, _ in operators(file)]
+    assert operator in written
+    assert ("STRIDED_SLICE" in written) == (operator == "STRIDED_SLICE")
+    assert_all_ours(student, codes, file, random_images(7, batch=16), batch=16)
+    twin = [kind for kind, _ in operators(tflite_float_twin(student, codes))]
+    assert operator in twin, "speed is compared with a twin that has the same advantage"
 
 
 def test_convolutions_and_sums_run_as_integers():

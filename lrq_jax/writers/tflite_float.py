@@ -18,7 +18,7 @@ from lrq_jax.passes.plan import Operation
 from lrq_jax.writers.onnx_model import require_integer
 from lrq_jax.writers.tflite_builder import TFLiteBuilder
 from lrq_jax.writers.tflite_model import LOGITS
-from lrq_jax.writers.tflite_windows import window_padding
+from lrq_jax.writers.tflite_windows import subsampling, window_padding
 
 _FUSED = {"relu": "RELU", "relu6": "RELU6"}
 
@@ -232,6 +232,18 @@ def _pad(layer: L.Pad, operation: Operation, writer: _FloatWriter) -> None:
 @_write.register
 def _slice(layer: L.Slice, operation: Operation, writer: _FloatWriter) -> None:
     (source,) = operation.inputs
+    if (strides := subsampling(layer, writer.shape(source))) is not None:
+        channels = writer.shape(source)[-1]
+        inputs = [
+            writer.tensors[source],
+            writer.constant(f"{layer.name}.weight", np.ones((1, 1, 1, channels))),
+            writer.constant(f"{layer.name}.bias", np.zeros(channels)),
+        ]
+        writer.result(
+            operation, "DEPTHWISE_CONV_2D", inputs, padding="VALID",
+            strideH=strides[0], strideW=strides[1], depthMultiplier=1,
+        )  # fmt: skip
+        return
     limits = [s.indices(n) for s, n in zip(layer.slices, writer.shape(source), strict=True)]
     constants = [
         writer.constant(f"{layer.name}.{name}", [first, *values], np.int32)

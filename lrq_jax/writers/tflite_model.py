@@ -40,7 +40,7 @@ from lrq_jax.passes.plan import Operation
 from lrq_jax.quantizers.affine import AffineParameters, top_code
 from lrq_jax.writers.sum_constants import Sum, int8_sum_is_ours, sum_constants
 from lrq_jax.writers.tflite_codes import CodesWriter, codes_name
-from lrq_jax.writers.tflite_windows import padded, window_padding, window_sum
+from lrq_jax.writers.tflite_windows import padded, subsampling, window_padding, window_sum
 
 INPUTS = ("float", "uint8")
 LOGITS = "logits"
@@ -354,6 +354,9 @@ def _pad(layer: L.Pad, operation: Operation, writer: CodesWriter) -> None:
 @_write.register
 def _slice(layer: L.Slice, operation: Operation, writer: CodesWriter) -> None:
     (source,) = operation.inputs
+    if (strides := subsampling(layer, writer.shape(source))) is not None:
+        _subsampled(layer, source, strides, writer)
+        return
     limits = [s.indices(n) for s, n in zip(layer.slices, writer.shape(source), strict=True)]
     constants = [
         writer.integers(f"{layer.name}.{name}", [first, *values])
@@ -363,6 +366,23 @@ def _slice(layer: L.Slice, operation: Operation, writer: CodesWriter) -> None:
     ]
     inputs = [writer.codes[source], *constants]
     writer.moved(operation.output, source, "STRIDED_SLICE", inputs, beginMask=1, endMask=1)
+
+
+def _subsampled(layer: L.Slice, source: str, strides: tuple[int, int], writer: CodesWriter) -> None:  # fmt: skip
+    """A depthwise convolution of one tap of 1, whose multiplier `s_x*1/s_x` is 1: the same codes."""
+    ones, channels = np.ones, writer.shape(source)[-1:]
+    weight = writer.builder.constant(
+        f"{layer.name}.weight", ones((1, 1, 1, *channels), np.int8),
+        scale=ones(channels, np.float32), axis=3,
+    )  # fmt: skip
+    bias = writer.builder.constant(
+        f"{layer.name}.bias", np.zeros(channels, np.int32),
+        scale=np.full(channels, writer.unit(source)),
+    )  # fmt: skip
+    writer.moved(
+        layer.name, source, "DEPTHWISE_CONV_2D", [writer.codes[source], weight, bias],
+        padding="VALID", strideH=strides[0], strideW=strides[1], depthMultiplier=1,
+    )  # fmt: skip
 
 
 @_write.register

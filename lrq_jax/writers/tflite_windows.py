@@ -31,6 +31,18 @@ def window_padding(layer: L.Conv | L.MaxPool, size: Sequence[int], reach: Sequen
     return "VALID", amounts if any(map(any, amounts)) else []
 
 
+def subsampling(layer: L.Slice, shape: Sequence[int]) -> tuple[int, int] | None:
+    """Strides of a convolution of one tap that keeps what the layer keeps of an image `[H, W, C]`,
+    if there is one. XNNPACK has no strided slice: one cuts the network into pieces of its own."""
+    height, width, channels = (range(n)[s] for n, s in zip(shape, layer.slices, strict=True))
+    *size, depth = shape
+    whole = channels == range(depth) and all(
+        kept == range(0, n, kept.step) for kept, n in zip((height, width), size, strict=True)
+    )
+    strides = (height.step, width.step)
+    return strides if whole and max(strides) > 1 else None
+
+
 def padded(tensor: str, name: str, amounts: Sequence[tuple[int, int]], writer: CodesWriter, *,
             lowest: bool = False) -> int:  # fmt: skip
     """An image's codes with codes of 0.0 (or the lowest code) around, by height and width."""
