@@ -73,10 +73,10 @@ def test_int8_where_it_is_fast_and_nowhere_else():
         return frozen_logits(student, frozen, images)
 
     assert sum(convolutions(logits, frozen, images, platform="cpu")) == 4  # all but the image's
-    for platform in ("cuda", "tpu"):
-        found = convolutions(logits, frozen, images, platform=platform)
-        assert found
-        assert not any(found)
+    assert not convolutions(logits, frozen, images, platform="cuda")  # matrix products
+    found = convolutions(logits, frozen, images, platform="tpu")
+    assert found
+    assert not any(found)
 
     def training(variables, images):
         return student_forward(student, variables, images, (student.graph.output,))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lrq_jax.ops.by_platform import by_platform
 from lrq_jax.ops.depthwise import depthwise_conv
 from lrq_jax.ops.kernel_gradient import convolution
+from lrq_jax.ops.products import product_of_windows
 from lrq_jax.ops.straight_through import straight_through
 
 Pair = tuple[int, int]
@@ -31,10 +36,18 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, strides: Pair = (1, 1),
     if groups > 1 and groups == x.shape[-1] == kernel.shape[-1]:
         return depthwise_conv(x, kernel, strides, padding, dilation)
     if kernel.shape[:2] == (1, 1) and groups == 1:
-        # A matrix product: on XLA CPU its gradients are 5-10 times faster than the convolution's.
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if padding != ((0, 0), (0, 0)) else x
-        return jnp.einsum("bhwc,cf->bhwf", x[:, :: strides[0], :: strides[1]], kernel[0, 0])
+        # On XLA CPU the gradients of a matrix product are 5-10 times faster than the convolution's;
+        # on GPUs XLA (jax 0.11.2) aborts where it compiles products of every other pixel.
+        return by_platform(
+            cpu=lambda x, kernel: _product_of_pixels(x, kernel, strides, padding),
+            default=lambda x, kernel: convolution(x, kernel, strides, padding, dilation, 1),
+        )(x, kernel)
     return convolution(x, kernel, strides, padding, dilation, groups)
+
+
+def _product_of_pixels(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:  # fmt: skip
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if padding != ((0, 0), (0, 0)) else x
+    return jnp.einsum("bhwc,cf->bhwf", x[:, :: strides[0], :: strides[1]], kernel[0, 0])
 
 
 def integer_conv2d(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, largest_product: int,
@@ -43,8 +56,8 @@ def integer_conv2d(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, largest_
     """Exact `float32(int32 convolution + int32 bias)` of integer-valued float32 arrays.
 
     Sums that could pass 2^24 are cut along each group's input channels (and, for kernels of
-    hundreds of taps, along the rows) into sums that cannot, each an ordinary float convolution,
-    added up as int32: no backend needs integer convolutions, which GPUs do not have.
+    hundreds of taps, along the rows) into sums that cannot, each a float convolution, added up as
+    int32: no backend needs integer convolutions, which GPUs do not have.
     The gradient is that of the plain convolution.
 
     Args:
@@ -56,7 +69,7 @@ def integer_conv2d(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, largest_
     """
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return conv2d(x, kernel, strides=strides, padding=padding, dilation=dilation, groups=groups)
+        return exact_convolution(x, kernel, strides, padding, dilation, groups)
 
     height, width, channels = kernel.shape[:3]
     if height * width * channels * largest_product < EXACT_FLOAT32:
@@ -77,6 +90,39 @@ def integer_conv2d(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, largest_
 
     frozen = (lax.stop_gradient(value) for value in (x, kernel, bias))
     return straight_through(exact(*frozen), convolve(x, kernel) + bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def exact_convolution(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding,
+                      dilation: Pair, groups: int) -> jax.Array:  # fmt: skip
+    """`conv2d` of integers whose sums stay below `EXACT_FLOAT32`, without rounding.
+
+    On GPUs a matrix product: cuDNN may choose Winograd's algorithm, which goes through fractions
+    and so returns sums that are no integers. The gradient is that of `conv2d`.
+    """
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return conv2d(x, kernel, strides=strides, padding=padding, dilation=dilation, groups=groups)
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return product_of_windows(x, kernel, strides, padding, dilation, groups)
+
+    return lax.platform_dependent(x, kernel, cpu=plain, tpu=plain, default=product)
+
+
+def _exact_forward(x: jax.Array, kernel: jax.Array, *window: Any) -> tuple[jax.Array, Any]:
+    return exact_convolution(x, kernel, *window), (x, kernel)
+
+
+def _exact_backward(strides: Pair, padding: Padding, dilation: Pair, groups: int, residuals: Any,
+                    grad: jax.Array) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    plain = functools.partial(
+        conv2d, strides=strides, padding=padding, dilation=dilation, groups=groups
+    )
+    return jax.vjp(plain, *residuals)[1](grad)
+
+
+exact_convolution.defvjp(_exact_forward, _exact_backward)
 
 
 def int8_is_fast(kernel: jax.Array, groups: int) -> bool:

@@ -39,7 +39,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padd
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=lambda x, kernel: _shifted_products(x, kernel, strides, padding, dilation),
+        cpu=lambda x, kernel: shifted_products(x, kernel, strides, padding, dilation),
         default=lambda x, kernel: _grouped(x, kernel, strides, padding, dilation),
     )
 
@@ -64,30 +64,31 @@ def _offsets(kernel_shape: tuple[int, ...]) -> list[Pair]:
     return [(i, j) for i in range(kernel_shape[0]) for j in range(kernel_shape[1])]
 
 
-def _output_size(padded: jax.Array, kernel_shape: tuple[int, ...], strides: Pair, dilation: Pair) -> Pair:  # fmt: skip
+def windows(padded: jax.Array, kernel_shape: tuple[int, ...], strides: Pair, dilation: Pair) -> list[jax.Array]:  # fmt: skip
+    """What each tap of a kernel `[kh, kw, ...]` sees of `[B, H, W, C]`: kh*kw times `[B, H', W', C]`."""
     height, width = (
         (padded.shape[1 + axis] - dilation[axis] * (kernel_shape[axis] - 1) - 1) // strides[axis]
-        + 1
         for axis in range(2)
     )
-    return height, width
+    return [
+        padded[
+            :,
+            top : top + height * strides[0] + 1 : strides[0],
+            left : left + width * strides[1] + 1 : strides[1],
+        ]
+        for top, left in ((i * dilation[0], j * dilation[1]) for i, j in _offsets(kernel_shape))
+    ]
 
 
-def _shifted_products(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding,
+def shifted_products(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding,
                       dilation: Pair) -> jax.Array:  # fmt: skip
     """Sum over offsets of (shifted input * one tap per channel)."""
     # XLA would repeat whatever made the input (an exact GELU, say) at every offset.
     padded = lax.optimization_barrier(_pad(x, padding))
-    size = _output_size(padded, kernel.shape, strides, dilation)
+    taps = kernel.reshape(-1, kernel.shape[3])
     total: Any = None
-    for i, j in _offsets(kernel.shape):
-        top, left = i * dilation[0], j * dilation[1]
-        shifted = padded[
-            :,
-            top : top + (size[0] - 1) * strides[0] + 1 : strides[0],
-            left : left + (size[1] - 1) * strides[1] + 1 : strides[1],
-        ]
-        term = shifted * kernel[i, j, 0]
+    for tap, window in enumerate(windows(padded, kernel.shape, strides, dilation)):
+        term = window * taps[tap]
         total = term if total is None else total + term
     return total
 
@@ -123,7 +124,7 @@ def _input_gradient(shape: tuple[int, ...], kernel: jax.Array, grad: jax.Array, 
         edges.append((before, shape[1 + axis] + reach - before - spread, strides[axis] - 1))
     zero = jnp.zeros((), grad.dtype)
     grad = lax.pad(grad, zero, ((0, 0, 0), *edges, (0, 0, 0)))
-    return _shifted_products(grad, kernel[::-1, ::-1], (1, 1), ((0, 0), (0, 0)), dilation)
+    return shifted_products(grad, kernel[::-1, ::-1], (1, 1), ((0, 0), (0, 0)), dilation)
 
 
 def _kernel_gradient(x: jax.Array, kernel_shape: tuple[int, ...], grad: jax.Array, strides: Pair,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lrq_jax.ops.by_platform import by_platform
 from lrq_jax.ops.convolution import conv2d
 
 
@@ -14,13 +15,12 @@ def upsample_nearest(x: jax.Array) -> jax.Array:
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
-@jax.custom_vjp
 def upsample_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`conv2d(upsample_nearest(x), kernel, padding 1)` with 2.25 to 4 times fewer products.
 
     An output pixel of one parity sees only 2x2 distinct input pixels. On CPU nine matrix products
     a pixel of the small map make its four outputs (`_by_differences`), elsewhere one convolution
-    (`_by_phases`); both are chosen when a program is lowered.
+    (`_by_phases`).
 
     Args:
       x: `[B, H, W, C]`.
@@ -29,21 +29,7 @@ def upsample_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       `[B, 2H, 2W, F]`.
     """
-    return lax.platform_dependent(x, kernel, cpu=_by_differences, default=_by_phases)
-
-
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return upsample_conv3x3(x, kernel), (x, kernel)
-
-
-def _backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    def of(form):  # noqa: ANN001, ANN202
-        return lambda x, kernel, grad: jax.vjp(form, x, kernel)[1](grad)
-
-    return lax.platform_dependent(*residuals, grad, cpu=of(_by_differences), default=of(_by_phases))
-
-
-upsample_conv3x3.defvjp(_forward, _backward)
+    return by_platform(cpu=_by_differences, default=_by_phases)(x, kernel)
 
 
 def _by_phases(x: jax.Array, kernel: jax.Array) -> jax.Array:
