@@ -28,6 +28,8 @@ CHECKED_STEPS = 2
 PARTS = ("images", "teacher", "generator", "joint")
 """The generator's forward; the teacher's, with statistics; a step that updates the generator alone;
 the whole step. Each contains the ones before it but `teacher`, which has images at hand."""
+STEPS = ("generator", "joint")
+"""The parts that are steps: a call makes as many as the case says, and waits for the last."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Case:
       bits: of weights and activations.
       precision: as the config's field of this name.
       compiled: the twin goes through `torch.compile`.
+      steps: of training between two waits for the device, as the loop makes them.
     """
 
     network: str
@@ -51,6 +54,7 @@ class Case:
     bits: int = 4
     precision: str = "float32"
     compiled: bool = False
+    steps: int = 1
 
     @property
     def name(self) -> str:
@@ -59,7 +63,9 @@ class Case:
         return f"{self.network}, batch {self.batch}, {attention}, {self.placement}"
 
 
-Side = tuple[dict[str, Any], dict[str, Callable[[], None]]]
+Side = tuple[dict[str, Any], dict[str, Callable[[], Any]], Callable[[], int]]
+"""What it is, its parts, and how to ask for the most bytes that its device held: of a CPU those of
+the process, of a GPU those of the framework's allocator (ours: compiling included)."""
 
 
 def run_settings(case: Case) -> tuple[Any, Any]:
@@ -110,7 +116,7 @@ def our_side(case: Case, exchange: Path) -> Side:
 
     clock = time.monotonic()
     programs = {
-        name: compile_step(function, state, variables, mesh=mesh, spec=spec)
+        name: compile_step(function, state, variables, mesh=mesh, spec=spec, count=case.steps)
         for name, function in (("joint", steps.joint_step), ("generator", steps.warmup_step))
     }
     seconds = time.monotonic() - clock
@@ -147,7 +153,9 @@ def our_side(case: Case, exchange: Path) -> Side:
         "matmul_flops": _matmul(lambda: jax.block_until_ready(product(side, side))),
         "program_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
     }
-    return description, parts
+    if jax.default_backend() == "cpu":
+        return description, parts, _peak_of_process
+    return description, parts, lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 def random_variables(graph: Any) -> Any:
@@ -209,13 +217,15 @@ def _record_first_steps(exchange: Path, spec: Any, teacher: Any, program: Any, s
         arrays |= flat("teacher", collection)
     for name, ends in state.student["quant"]["activations"].items():
         arrays[f"range/{name}"] = np.asarray([ends["low"], ends["high"]])
-    for number in range(CHECKED_STEPS):
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        arrays[f"noise/{number}"], arrays[f"labels/{number}"] = (
-            np.asarray(x) for x in steps.draw_latents(key, dataclasses.replace(spec, mesh=None))
-        )
+    draws = dataclasses.replace(spec, mesh=None)
+    key, first, done = jax.random.wrap_key_data(np.asarray(state.key)), int(state.step), 0
+    while done < CHECKED_STEPS:
         state, metrics = program(state, variables)
-        arrays |= {f"loss/{number}/{name}": np.asarray(v[0]) for name, v in metrics.items()}
+        for losses in zip(*metrics.values(), strict=True):
+            drawn = steps.draw_latents(jax.random.fold_in(key, first + done), draws)
+            arrays[f"noise/{done}"], arrays[f"labels/{done}"] = (np.asarray(x) for x in drawn)
+            arrays |= {f"loss/{done}/{n}": np.asarray(v) for n, v in zip(metrics, losses, strict=True)}  # fmt: skip
+            done += 1
     np.savez(exchange, **arrays)
     return state
 
@@ -284,8 +294,7 @@ def torch_side(case: Case, exchange: Path) -> Side:
     parts = {
         "images": lambda: without_gradient(twin.images),
         "teacher": lambda: without_gradient(twin.teach, held.detach()),
-        "generator": lambda: run["generator"](),
-        "joint": lambda: run["joint"](),
+        **{name: lambda name=name: [run[name]() for _ in range(case.steps)] for name in STEPS},
     }
     side = torch.ones(MATMUL_SIDE, MATMUL_SIDE, device=device)
 
@@ -303,7 +312,11 @@ def torch_side(case: Case, exchange: Path) -> Side:
         "seconds_by_layout": {str(key): round(value, 4) for key, value in seconds.items()},
         "relative_differences_of_losses": differences,
     }
-    return description, {name: lambda part=part: (part(), finish()) for name, part in parts.items()}
+    waited = {name: lambda part=part: (part(), finish()) for name, part in parts.items()}
+    if device == "cpu":
+        return description, waited, _peak_of_process
+    torch.cuda.reset_peak_memory_stats()
+    return description, waited, torch.cuda.max_memory_allocated
 
 
 # --- both ----------------------------------------------------------------------------------------
@@ -319,29 +332,32 @@ def _matmul(product: Callable[[], None]) -> float:
     return 2 * MATMUL_SIDE**3 / best
 
 
-def _memory(field: str) -> int:
-    """Bytes of this process by a field of Linux' status file; 0 elsewhere."""
+def _peak_of_process() -> int:
+    """Most bytes this process held since `clear_refs` was written to, on Linux; 0 elsewhere."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
+            if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
     return 0
 
 
 def main() -> None:
     """Serves one side."""
-    side, case, exchange = sys.argv[1:]
+    side, text, exchange = sys.argv[1:]
     make = {"ours": our_side, "torch": torch_side}[side]
-    description, parts = make(Case(**json.loads(case)), Path(exchange))
+    case = Case(**json.loads(text))
+    description, parts, peak_bytes = make(case, Path(exchange))
     with contextlib.suppress(OSError):  # compiling has a peak of its own; count from here
         Path("/proc/self/clear_refs").write_text("5")
     print(json.dumps(description), flush=True)
     for line in sys.stdin:
+        part = line.strip()
+        count = case.steps if part in STEPS else 1
         clock, processor = time.perf_counter(), time.process_time()
-        parts[line.strip()]()
+        parts[part]()
         seconds = time.perf_counter() - clock, time.process_time() - processor
-        print(json.dumps(seconds), flush=True)
-    print(json.dumps({"peak_bytes": _memory("VmHWM")}), flush=True)
+        print(json.dumps([second / count for second in seconds]), flush=True)
+    print(json.dumps({"peak_bytes": peak_bytes()}), flush=True)
 
 
 if __name__ == "__main__":
