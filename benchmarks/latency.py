@@ -22,7 +22,7 @@ from subjects import SUBJECTS, Subject
 from lrq_jax.bench import bench, table
 from lrq_jax.data import Preprocessing
 from lrq_jax.export import export_student
-from lrq_jax.run_directory import REPORT
+from lrq_jax.report_file import REPORT
 from lrq_jax.writers.codes import save_student
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"

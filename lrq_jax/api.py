@@ -30,7 +30,7 @@ from lrq_jax.export import export_student
 from lrq_jax.quantize import load_eval_data, prepare, summary
 from lrq_jax.quantize import quantize as _quantize
 from lrq_jax.readers import Teacher, load_teacher
-from lrq_jax.run_directory import read_report
+from lrq_jax.report_file import read_report
 from lrq_jax.verify import Verdict
 from lrq_jax.verify import verify as _verify
 

@@ -19,7 +19,7 @@ from typing import Any
 from lrq_jax.config import differences
 from lrq_jax.console import coloured, fail, say
 from lrq_jax.report.page import render
-from lrq_jax.run_directory import read_report
+from lrq_jax.report_file import read_report
 
 COLUMNS = {
     "network": "network",

@@ -32,7 +32,7 @@ from lrq_jax.bench import bench
 from lrq_jax.bench import table as bench_table
 from lrq_jax.console import say
 from lrq_jax.exported import CARD, record
-from lrq_jax.run_directory import REPORT, read_report
+from lrq_jax.report_file import REPORT, read_report
 from lrq_jax.verify import verify
 from lrq_jax.writers.codes import load_student
 from lrq_jax.writers.model_card import model_card

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lrq_jax.run_directory import REPORT, write_json
+from lrq_jax.report_file import REPORT, write_json
 from lrq_jax.writers.codes import load_student
 from lrq_jax.writers.model_card import model_card
 from lrq_jax.writers.targets import STUDENT

@@ -13,37 +13,10 @@ import numpy as np
 
 from lrq_jax.config import differences
 from lrq_jax.data import Preprocessing
+from lrq_jax.report_file import CONFIG, REPORT, temporary_path, write_json
 
-CONFIG, METRICS, REPORT, TIMINGS = "config.json", "metrics.jsonl", "report.json", "timings.json"
+METRICS, TIMINGS = "metrics.jsonl", "timings.json"
 ARRAYS, PAGE, STUDENT = "report.npz", "report.html", "student"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON through a temporary file, so that a killed process leaves the old one."""
-    temporary = _temporary(path)
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_report(path: str | Path) -> dict[str, Any]:
-    """The report of a finished run, or of an export: what its run reported.
-
-    Raises:
-      FileNotFoundError: no finished run there.
-    """
-    file = Path(path) / REPORT
-    if not file.is_file():
-        state = "an unfinished run" if (Path(path) / CONFIG).is_file() else "no run"
-        raise FileNotFoundError(
-            f"found {state} at {str(path)!r}, expected the directory of a finished one, with a "
-            f"{REPORT}; python -m lrq_jax.main --workdir={path} makes or finishes it"
-        )
-    report = json.loads(file.read_text(encoding="utf-8"))
-    return report.get("run", report)  # an export's report holds its run's
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
 
 
 class RunDirectory:
@@ -77,7 +50,7 @@ class RunDirectory:
         else:
             # A start killed while it wrote the config leaves its temporary file: no one else's.
             names = {entry.name for entry in self.path.iterdir()} - {
-                _temporary(self.path / CONFIG).name
+                temporary_path(self.path / CONFIG).name
             }
             if others := sorted(names):
                 raise FileExistsError(
@@ -129,7 +102,7 @@ class RunDirectory:
 
     def write_arrays(self, arrays: dict[str, Any]) -> None:
         """Keeps what the report's pictures are made of."""
-        temporary = _temporary(self.path / ARRAYS)
+        temporary = temporary_path(self.path / ARRAYS)
         with temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
         os.replace(temporary, self.path / ARRAYS)
@@ -156,7 +129,7 @@ class RunDirectory:
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
-            temporary = _temporary(path)
+            temporary = temporary_path(path)
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(temporary, path)
         self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)

@@ -27,7 +27,7 @@ from lrq_jax.data import EvalData, Preprocessing, load_data
 from lrq_jax.data.pixels import crop
 from lrq_jax.exported import record
 from lrq_jax.passes import Student
-from lrq_jax.run_directory import REPORT
+from lrq_jax.report_file import REPORT
 from lrq_jax.runtimes import Reference, Runner
 from lrq_jax.runtimes.jax_exported import JaxExportRunner
 from lrq_jax.runtimes.litert import LiteRTRunner

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_networks import calibrated, random_images, resnet_like
@@ -26,6 +27,24 @@ directory, images, out = sys.argv[1:]
 np.save(out, Reference.load(directory).logits(np.load(images)))
 print(json.dumps({"devices": jax.device_count(), "modules": sorted(sys.modules)}))
 """
+
+
+def assert_no_training_code(modules):
+    training = {"training", "synthesis", "losses", "method", "config", "quantize", "export"}
+    loaded = {name.split(".")[1] for name in modules if name.startswith("lrq_jax.")}
+    assert not loaded & training
+    assert {"runtimes", "writers", "passes"} <= loaded
+    assert not {"optax", "flax", "ml_collections", "tensorflow", "torch"} & set(modules)
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_a_command_for_exports_loads_no_training_code(command):
+    code = f"import json, sys, lrq_jax.{command}; print(json.dumps(sorted(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert_no_training_code(json.loads(result.stdout.splitlines()[-1]))
 
 
 def test_a_student_of_eight_devices_is_read_on_three_without_training_code(tmp_path):
@@ -50,10 +69,6 @@ def test_a_student_of_eight_devices_is_read_on_three_without_training_code(tmp_p
     said = json.loads(result.stdout.splitlines()[-1])
     assert said["devices"] == 3
     assert jax.device_count() == 8
-    training = {"training", "synthesis", "losses", "method", "config", "quantize", "export"}
-    loaded = {name.split(".")[1] for name in said["modules"] if name.startswith("lrq_jax.")}
-    assert not loaded & training
-    assert {"runtimes", "writers", "passes"} <= loaded
-    assert not {"optax", "flax", "tensorflow", "torch"} & set(said["modules"])
+    assert_no_training_code(said["modules"])
     ours = Reference.load(tmp_path / "out" / "student").logits(np.asarray(random_images(5)))
     np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), ours)

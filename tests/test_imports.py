@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "lrq_jax"
 # the top of lrq_jax stands in exactly one row.
 ORDER = (
     ("__init__",),
-    ("ops", "graph", "sharding", "processes", "console", "paths", "hints"),
+    ("ops", "graph", "sharding", "processes", "console", "paths", "hints", "report_file"),
     ("quantizers", "networks", "data"),
     ("passes", "losses", "synthesis", "checkpoints"),
     ("readers", "method", "resources"),
@@ -43,6 +43,7 @@ INDEPENDENT = {
     "console",
     "paths",
     "hints",
+    "report_file",
     "losses",
     "synthesis",
     "data",

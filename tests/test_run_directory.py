@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from lrq_jax.data import Preprocessing
-from lrq_jax.run_directory import RunDirectory, write_json
+from lrq_jax.report_file import read_report, write_json
+from lrq_jax.run_directory import RunDirectory
 
 CONFIG = {"seed": 0, "method": {"batch_size": 8, "milestones": (1, 2)}, "student": {"bits": 4}}
 GREY = Preprocessing(mean=(0.5,), std=(0.25,), size=8)
@@ -114,6 +115,21 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_json(path, {"a": 4})
     assert json.loads(path.read_text()) == {"a": 4}
     assert names(tmp_path) == ["report.json"]
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ('{"drop": ', "found no readable JSON"),
+    ("\xff", "found no readable JSON"),
+    ("[" * 100_000, "found no readable JSON"),
+    ("[1]", "found a JSON list"),
+    ("null", "found a JSON NoneType"),
+    ('{"format": "lrq_jax export", "run": 3}', "found int as 'run'"),
+])  # fmt: skip
+def test_a_damaged_report_is_named(text, found, tmp_path):
+    (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=found) as refusal:
+        read_report(tmp_path)
+    assert str(tmp_path / "report.json") in str(refusal.value)
 
 
 # --- metrics -------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import numpy as np
 
 from lrq_jax.data import Preprocessing
 from lrq_jax.report import plots
-from lrq_jax.run_directory import ARRAYS, METRICS, PAGE, read_report
+from lrq_jax.report_file import read_report
+from lrq_jax.run_directory import ARRAYS, METRICS, PAGE
 
 _GRIDS = 4
 """Grids of synthetic images shown: the first, the last and some between."""
