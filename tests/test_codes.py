@@ -1,19 +1,31 @@
 """The finished student on disk: integers, the same logits to the bit, replaced as a whole."""
 
 import dataclasses
+import functools
 import json
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_networks
 
+from lrq_jax.data import Preprocessing
 from lrq_jax.passes import QuantSpec, Student, calibrate, freeze, frozen_logits
 from lrq_jax.passes.plan import plan_quantization
 from lrq_jax.quantize import normalised_range
 from lrq_jax.quantizers.affine import lineage_fake_quant
 from lrq_jax.readers import load_teacher
-from lrq_jax.writers.codes import frozen_from_codes, load_student, save_student, student_codes
+from lrq_jax.writers import codes
+from lrq_jax.writers.codes import (
+    frozen_from_codes,
+    load_student,
+    save_student,
+    student_codes,
+    student_sha256,
+)
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +210,115 @@ def test_another_format_version_is_refused(tmp_path, version):
     (tmp_path / "student.json").write_text(json.dumps({"version": version}))
     with pytest.raises(ValueError, match=f"version {version!r}, expected 1; quantize again"):
         load_student(tmp_path)
+
+
+def rewritten(change):
+    """Changes the description."""
+
+    def apply(directory):
+        path = directory / "student.json"
+        description = json.loads(path.read_text())
+        change(description)
+        path.write_text(json.dumps(description))
+
+    return apply
+
+
+def cut(directory):
+    (path, *_) = (directory / "codes" / "d").iterdir()
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGES = {
+    "cut description": (
+        lambda d: (d / "student.json").write_text('{"version": 1,'), "found no readable JSON"
+    ),
+    "a list": (lambda d: (d / "student.json").write_text("[]"), "found a JSON list"),
+    **{
+        f"no {key}": (rewritten(lambda s, key=key: s.pop(key)), f"description of a student (KeyError: '{key}')")
+        for key in ("spec", "graph", "input_range", "preprocessing")
+    },
+    "no bits": (
+        rewritten(lambda s: s["preprocessing"].pop("mean")), "description of a student (TypeError: "
+    ),
+    "unknown layer": (
+        rewritten(lambda s: s["graph"]["layers"][0].update(type="Quux")), "found type 'Quux'"
+    ),
+    "graph of numbers": (rewritten(lambda s: s["graph"].update(layers=[1])), "AttributeError"),
+    "no codes": (lambda d: shutil.rmtree(d / "codes"), "codes: found no readable codes"),
+    "cut codes": (cut, "codes: found no readable codes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_damaged_student_is_refused_by_file(damage, saved, tmp_path):
+    apply, message = DAMAGES[damage]
+    directory = tmp_path / "student"
+    shutil.copytree(saved[0], directory)
+    apply(directory)
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+        load_student(directory)
+    assert str(directory) in str(refusal.value)
+
+
+@pytest.mark.parametrize(("place", "change"), [
+    (("weights",), None),
+    (("weights", "conv1"), None),
+    (("weights", "conv1", "bias"), None),
+    (("weights", "conv1", "codes"), lambda array: array[..., :-1]),
+    (("weights", "conv1", "scale"), lambda array: array[:-1]),
+    (("tensors", "image"), None),
+    (("tensors", "image", "zero_point"), None),
+])  # fmt: skip
+def test_codes_that_do_not_fit_the_description_are_named(place, change, integer, teacher, tmp_path,
+                                                         monkeypatch):  # fmt: skip
+    whole = codes.student_codes
+
+    def lacking(student, variables):
+        made = whole(student, variables)
+        *path, last = place
+        within = functools.reduce(dict.__getitem__, path, made)
+        if change is None:
+            del within[last]
+        else:
+            within[last] = change(within[last])
+        return made
+
+    monkeypatch.setattr(codes, "student_codes", lacking)
+    student, variables = integer
+    save_student(tmp_path / "s", student, variables, preprocessing=teacher.preprocessing, provenance={})  # fmt: skip
+    with pytest.raises(ValueError, match=f"found (nothing|shape .*) as {'/'.join(place)}") as said:
+        load_student(tmp_path / "s")
+    assert str(tmp_path / "s" / "codes") in str(said.value)
+
+
+def test_a_missing_table_of_codes_is_named(tmp_path, monkeypatch):
+    student, variables, _ = small_networks.calibrated(small_networks.gated_like, 4)
+    whole = codes.student_codes(student, variables)
+    name = whole["tables"].popitem()[0]
+    monkeypatch.setattr(codes, "student_codes", lambda *_: whole)
+    how = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, size=8)
+    save_student(tmp_path / "s", student, variables, preprocessing=how, provenance={})
+    with pytest.raises(ValueError, match=f"found nothing as tables/{name}, expected an array"):
+        load_student(tmp_path / "s")
+
+
+def test_the_hash_of_a_student_is_of_every_number_and_word(saved, tmp_path):
+    directory, stored = saved
+    before = student_sha256(directory, stored)
+    shutil.copytree(directory, tmp_path / "s")
+    path = tmp_path / "s" / "student.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))  # in another layout
+    assert student_sha256(tmp_path / "s", load_student(tmp_path / "s")[1]) == before
+    rewritten(lambda s: s["preprocessing"].update(size=15))(tmp_path / "s")
+    assert student_sha256(tmp_path / "s", stored) != before
+    other = jax.tree.map(np.copy, stored)
+    other["weights"]["classifier"]["bias"][-1] += 1
+    assert student_sha256(directory, other) != before
+    other["weights"]["classifier"]["bias"][-1] -= 1
+    assert student_sha256(directory, other) == before
+    other["weights"]["other"] = other["weights"].pop("classifier")
+    assert student_sha256(directory, other) != before
 
 
 def test_saving_again_replaces_the_old_student_whole(saved, paper, teacher, tmp_path):

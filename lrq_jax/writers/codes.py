@@ -13,6 +13,7 @@ batch norms and activation ranges in float32, since that placement computes in f
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -28,11 +29,13 @@ from lrq_jax.checkpoints import local_checkpointer
 from lrq_jax.console import quiet_logging
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import graph_from_dict, graph_to_dict
+from lrq_jax.graph.layers import Activation
 from lrq_jax.passes import QuantSpec, Student
 from lrq_jax.passes.float_forward import Variables
 from lrq_jax.passes.integer_forward import QuantizedWeights
 from lrq_jax.passes.student import freeze, paper_weight_codes
 from lrq_jax.quantizers.affine import AffineParameters
+from lrq_jax.report_file import read_object
 
 FORMAT_VERSION = 1
 _DESCRIPTION, _ARRAYS = "student.json", "codes"
@@ -130,7 +133,7 @@ def load_student(directory: str | Path) -> tuple[Student, dict[str, Any], Prepro
 
     Raises:
       FileNotFoundError: no student there.
-      ValueError: another format version.
+      ValueError: another format version, or damaged or missing parts; names the file.
     """
     directory = Path(directory).resolve()
     if not is_student(directory):
@@ -139,26 +142,93 @@ def load_student(directory: str | Path) -> tuple[Student, dict[str, Any], Prepro
             "finished run or of an export: python -m lrq_jax.main --workdir=RUN makes the one, "
             "python -m lrq_jax.export --run RUN --out DIR the other"
         )
-    description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
+    description = read_object(directory / _DESCRIPTION)
     if description.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"{directory}: found format version {description.get('version')!r}, expected "
             f"{FORMAT_VERSION}; quantize again with this version of lrq_jax"
         )
-    spec = description["spec"]
-    student = Student(
-        graph=graph_from_dict(description["graph"]),
-        spec=QuantSpec(**{**spec, "overrides": tuple(spec["overrides"])}),
-        input_range=tuple(description["input_range"]),
-    )
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with quiet_logging(), local_checkpointer() as checkpointer:
-        stored = checkpointer.metadata(directory / _ARRAYS).item_metadata.tree
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored
+    try:
+        spec = description["spec"]
+        student = Student(
+            graph=graph_from_dict(description["graph"]),
+            spec=QuantSpec(**{**spec, "overrides": tuple(spec["overrides"])}),
+            input_range=tuple(description["input_range"]),
         )
-        codes = jax.device_get(checkpointer.restore(directory / _ARRAYS, abstract))
-    return student, codes, Preprocessing(**description["preprocessing"])
+        preprocessing = Preprocessing(**description["preprocessing"])
+        expected = _shapes(student) if student.is_integer else {}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{directory / _DESCRIPTION}: found no description of a student "
+            f"({type(error).__name__}: {error}), expected the file as it was written; copy or "
+            "make it again"
+        ) from error
+    codes = _restored(directory / _ARRAYS)
+    for place, shape in expected.items():
+        found: Any = codes
+        for name in place:
+            found = found.get(name) if isinstance(found, dict) else None
+        if found is None or (shape and found.shape != shape):
+            what = "nothing" if found is None else f"shape {found.shape}"
+            raise ValueError(
+                f"{directory / _ARRAYS}: found {what} as {'/'.join(place)}, expected an array"
+                f"{f' of shape {shape}' if shape else ''}, as {_DESCRIPTION} beside it says; "
+                "copy or make both again"
+            )
+    return student, codes, preprocessing
+
+
+def student_sha256(directory: str | Path, codes: dict[str, Any]) -> str:
+    """Of a student's description and codes: of what they say, however the files are laid out.
+
+    Args:
+      directory: of `save_student`.
+      codes: its arrays, of `load_student`.
+    """
+    description = read_object(Path(directory) / _DESCRIPTION)
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for path, array in jax.tree_util.tree_leaves_with_path(codes):
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _shapes(student: Student) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Place of each array of an integer student -> its shape; () where any will do."""
+    params = student.graph.variable_shapes()["params"]
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for operation in student.operations:
+        name = operation.layer.name
+        if operation.has_weights:
+            kernel = params[name]["kernel"]
+            shapes["weights", name, "codes"] = kernel
+            for part in ("zero_point", "scale", "bias"):
+                shapes["weights", name, part] = kernel[-1:]
+        elif isinstance(operation.layer, Activation):
+            shapes["tables", operation.output] = ()
+    for name in student.code_bits:
+        shapes["tensors", name, "scale"] = shapes["tensors", name, "zero_point"] = ()
+    return shapes
+
+
+def _restored(path: Path) -> dict[str, Any]:
+    """The arrays under `path`, on this machine's first device and then on the host."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        with quiet_logging(), local_checkpointer() as checkpointer:
+            stored = checkpointer.metadata(path).item_metadata
+            if stored is None:  # orbax says no more of files that are missing or cut short
+                raise ValueError("missing or damaged")
+            abstract = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                stored.tree,
+            )
+            return jax.device_get(checkpointer.restore(path, abstract))
+    except Exception as error:  # orbax and tensorstore raise classes of their own
+        raise ValueError(
+            f"{path}: found no readable codes ({str(error)[:200]}), expected the directory as it was "
+            "written; copy or make it again"
+        ) from error
 
 
 def _cast(values: Any, dtypes: Any) -> dict[str, jax.Array]:
