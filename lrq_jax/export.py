@@ -16,13 +16,14 @@ twins (`lrq_jax.bench`), and puts both into the report and the card; `--unmeasur
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import re
+import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import jax
@@ -31,14 +32,16 @@ from lrq_jax import __version__
 from lrq_jax.bench import bench
 from lrq_jax.bench import table as bench_table
 from lrq_jax.console import say
-from lrq_jax.exported import CARD, record
-from lrq_jax.report_file import REPORT, read_report
+from lrq_jax.exported import CARD, FORMAT, contents, hashes, record, sizes
+from lrq_jax.report_file import REPORT, read_object, read_report, write_json
 from lrq_jax.verify import verify
 from lrq_jax.writers.codes import load_student
-from lrq_jax.writers.model_card import model_card
+from lrq_jax.writers.model_card import missing_fields, model_card
 from lrq_jax.writers.onnx_model import INPUTS, WEIGHT_STORAGES, require_integer
-from lrq_jax.writers.tables import float32_bytes, is_portable, layer_table, tensor_table
 from lrq_jax.writers.targets import FILES, STUDENT, TARGETS, target_bytes
+
+_ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]")
+"""How a path of one machine or one person begins."""
 
 
 def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] = ("onnx", "jax"),
@@ -53,12 +56,13 @@ def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] =
       weight_storage: of the ONNX file, `uint4` (two codes a byte) or `int8`.
       batch: images a call; None for any number.
       input_kind: of the ONNX and LiteRT files: `float`, normalised images; `uint8`, raw pixels.
-      overwrite: replace an earlier export at `out`.
+      overwrite: replace an earlier export at `out`; where that is a link, what it leads to.
 
     Raises:
       FileNotFoundError: no finished student in `run`.
       FileExistsError: `out` holds files, and is not to be replaced.
-      ValueError: an unknown target or setting, or a student that is not integer.
+      ValueError: an unknown target or setting, a student that is not integer, damaged files, or
+        an `out` in the run's directory.
       ImportError: a target's package is missing; names the extra.
     """
     run, out = Path(run), Path(out)
@@ -67,71 +71,95 @@ def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] =
         raise ValueError(f"targets: found {unknown}, expected some of {sorted(TARGETS)}")
     student, codes, preprocessing = load_student(run / STUDENT)
     require_integer(student)
-    check_out(out, overwrite)
-    accuracy = read_report(run)
+    check_out(out, run, overwrite)
+    about = read_report(run)
+    if lacking := missing_fields(about):
+        raise ValueError(
+            f"{run / REPORT}: found no {', '.join(lacking)}, expected the report of a finished run; "
+            f"remove it and python -m lrq_jax.main --workdir={run}, with the run's own settings, "
+            "writes it again"
+        )
     options = {"weight_storage": weight_storage, "batch": batch, "input_kind": input_kind}
     report: dict[str, Any] = {
-        "format": "lrq_jax export",
+        "format": FORMAT,
         "version": __version__,
         "jax": jax.__version__,
         "options": options,
-        "run": _without_places(accuracy),
-        "layers": layer_table(student, codes),
-        "tensors": tensor_table(student, codes),
-        "portable_without_vnni": is_portable(student, codes),
-        "float32_bytes": float32_bytes(student, codes),
+        "run": _without_places(about),
+        **contents(student, codes),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.resolve().parent))
+    place = out.resolve()  # where a link leads
+    place.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    made, old = workspace / "new", workspace / "old"
     try:
-        made = workspace / "new"
         shutil.copytree(run / STUDENT, made / STUDENT)
         for target in [target for target in targets if target in FILES]:
             say(f"{FILES[target]} ...")
             content = target_bytes(target, student, codes, preprocessing, options)
             (made / FILES[target]).write_bytes(content)
-        report["files"] = {
-            str(path.relative_to(made)): path.stat().st_size
-            for path in sorted(made.iterdir())
-            if path.is_file()
-        }
-        report["files"][f"{STUDENT}/"] = sum(
-            path.stat().st_size for path in (made / STUDENT).rglob("*") if path.is_file()
-        )
-        text = json.dumps(report, indent=1) + "\n"
-        (made / REPORT).write_text(text, encoding="utf-8")
+        report["files"] = sizes(made)
+        report["sha256"] = hashes(made, codes)
+        write_json(made / REPORT, report)
         (made / CARD).write_text(model_card(report, preprocessing), encoding="utf-8")
-        if out.exists():
-            os.replace(out, workspace / "old")
-        os.replace(made, out)
+        if place.exists():
+            os.replace(place, old)
+        os.replace(made, place)
     finally:
+        if old.exists() and not place.exists():
+            os.replace(old, place)
         shutil.rmtree(workspace, ignore_errors=True)
     return report
 
 
-def _without_places(report: Any) -> Any:
+def _without_places(value: Any, key: str = "") -> Any:
     """The report with no directories of this machine in it: of paths, the last name stays."""
-    if not isinstance(report, dict):
-        return report
-    return {
-        key: Path(value).name
-        if isinstance(value, str) and key.endswith(("path", "workdir"))
-        else _without_places(value)
-        for key, value in report.items()
-    }
+    if isinstance(value, dict):
+        return {name: _without_places(entry, name) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_places(entry, key) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if key == "command":
+        return shlex.join(_without_place_of_flag(word) for word in shlex.split(value))
+    if key.endswith(("path", "workdir")) or _ABSOLUTE.match(value):
+        return PureWindowsPath(value).name  # which knows both kinds of separator
+    return value
 
 
-def check_out(out: Path, overwrite: bool) -> None:
+def _without_place_of_flag(word: str) -> str:
+    """A word of a command, such as `--config.data.path=/home/me/images`."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{equals}{_without_places(value, flag)}"
+
+
+def check_out(out: Path, run: Path, overwrite: bool) -> None:
     """Refuses to write over anything that is not an earlier export, or over one unasked.
 
     Raises:
       FileExistsError: it would be lost.
+      ValueError: `out` lies in the run's directory.
     """
+    if out.resolve().is_relative_to(run.resolve()):
+        raise ValueError(
+            f"--out {out}: found a place in --run {run}, expected one outside of it; choose another"
+        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / STUDENT).is_dir() or not (out / REPORT).is_file():
+    try:
+        kind = read_object(out / REPORT).get("format")
+    except (ValueError, OSError):
+        kind = None
+    if kind != FORMAT:
         raise FileExistsError(
-            f"--out {out}: found other files, expected an empty or new directory; choose another"
+            f"--out {out}: found other files, expected an empty or new directory, or an earlier "
+            "export; choose another"
+        )
+    ours = {STUDENT, REPORT, CARD, *FILES.values()}
+    if others := sorted({entry.name for entry in out.iterdir()} - ours):
+        raise FileExistsError(
+            f"--out {out}: found an earlier export and beside it {', '.join(others[:5])}, expected "
+            "nothing that export does not write; move them, or choose another"
         )
     if not overwrite:
         raise FileExistsError(f"--out {out}: found an earlier export; --overwrite replaces it")

@@ -2,16 +2,89 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from lrq_jax.report_file import REPORT, write_json
-from lrq_jax.writers.codes import load_student
-from lrq_jax.writers.model_card import model_card
-from lrq_jax.writers.targets import STUDENT
+from lrq_jax.passes import Student
+from lrq_jax.report_file import REPORT, read_object, write_json
+from lrq_jax.writers.codes import load_student, student_sha256
+from lrq_jax.writers.model_card import missing_fields, model_card
+from lrq_jax.writers.tables import float32_bytes, is_portable, layer_table, tensor_table
+from lrq_jax.writers.targets import FILES, STUDENT
 
 CARD = "README.md"
+FORMAT = "lrq_jax export"
+_FIELDS = {
+    "version": str, "options": dict, "run": dict, "layers": list, "tensors": list,
+    "portable_without_vnni": bool, "float32_bytes": int, "files": dict,
+}  # fmt: skip
+_OPTIONS = ("weight_storage", "batch", "input_kind")
+
+
+def read_export(directory: str | Path) -> dict[str, Any]:
+    """An export's report.
+
+    Raises:
+      FileNotFoundError: no report there.
+      ValueError: it is damaged, or not an export's.
+    """
+    path = Path(directory) / REPORT
+    if not path.is_file():
+        raise FileNotFoundError(f"found no {REPORT} in {str(directory)!r}, expected an export")
+    report = read_object(path)
+    if report.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: found format {report.get('format')!r}, expected {FORMAT!r}; "
+            "python -m lrq_jax.export makes one of a run"
+        )
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(report.get(name), kind)]
+    if not wrong:
+        wrong = [f"options/{name}" for name in _OPTIONS if name not in report["options"]]
+        wrong += [f"run/{name}" for name in missing_fields(report["run"])]
+    if wrong:
+        raise ValueError(
+            f"{path}: found no usable {', '.join(wrong)}, expected an export's report as it was "
+            "written; export again"
+        )
+    return report
+
+
+def contents(student: Student, codes: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of the integers themselves; JSON-ready."""
+    return {
+        "layers": layer_table(student, codes),
+        "tensors": tensor_table(student, codes),
+        "portable_without_vnni": is_portable(student, codes),
+        "float32_bytes": float32_bytes(student, codes),
+    }
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """Bytes of an export's files."""
+    files = {path.name: path.stat().st_size for path in _files(directory)}
+    student = [path for path in (directory / STUDENT).rglob("*") if path.is_file()]
+    return {**files, f"{STUDENT}/": sum(path.stat().st_size for path in student)}
+
+
+def hashes(directory: Path, codes: dict[str, Any]) -> dict[str, str]:
+    """sha256 of an export's files, and of what its student says.
+
+    Args:
+      directory: of the export.
+      codes: of its student.
+    """
+    files = {path.name: sha256(path) for path in _files(directory)}
+    return {**files, f"{STUDENT}/": student_sha256(directory / STUDENT, codes)}
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for name in sorted(FILES.values()) if (path := directory / name).is_file()]
 
 
 def record(directory: str | Path, **findings: Any) -> None:
@@ -23,12 +96,10 @@ def record(directory: str | Path, **findings: Any) -> None:
 
     Raises:
       FileNotFoundError: no export there.
+      ValueError: its report is damaged.
     """
     directory = Path(directory)
-    path = directory / REPORT
-    if not path.exists():
-        raise FileNotFoundError(f"found no {REPORT} in {str(directory)!r}, expected an export")
-    report = json.loads(path.read_text(encoding="utf-8")) | findings
+    report = read_export(directory) | findings
     _, _, preprocessing = load_student(directory / STUDENT)
-    write_json(path, report)
+    write_json(directory / REPORT, report)
     (directory / CARD).write_text(model_card(report, preprocessing), encoding="utf-8")

@@ -1,16 +1,23 @@
 """An export is verified, and every planted fault is found."""
 
 import json
+import os
+import shlex
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small_networks import calibrated, gated_like, resnet_like
 
 from lrq_jax import export, verify
+from lrq_jax.config import get_config, resolve
 from lrq_jax.data import Preprocessing
 from lrq_jax.passes import QuantSpec, Student
-from lrq_jax.writers.codes import save_student
+from lrq_jax.quantize import _report
+from lrq_jax.sharding import local_mesh
+from lrq_jax.writers.codes import load_student, save_student
 from lrq_jax.writers.onnx_writer import codes_name
 
 onnx = pytest.importorskip("onnx")
@@ -67,6 +74,72 @@ def test_an_export_is_what_it_was_made_of(exported):
         assert verdict.passed, verdict
         assert verdict.exact
     assert verdicts[2].images == verify.SYNTHETIC_IMAGES + 64
+
+
+def test_a_report_names_no_places_of_its_machine(run, tmp_path):
+    """The fields of a real run's report, with what a person may have given it."""
+    home = Path("/home/me/secret project")
+    config = get_config()
+    config.teacher.path = str(home / "teacher.pt")
+    config.data.path = "~/secret/images"
+    config.data.train_path = "secret/beside/train"
+    config.method.images = "folder"
+    settings = resolve(config, image_size=8)
+    student, _, _ = calibrated(resnet_like, 4)
+    job = SimpleNamespace(
+        spec=SimpleNamespace(mesh=local_mesh()),
+        teacher=SimpleNamespace(
+            graph=student.graph, source="teacher.pt", source_sha256="0", class_names=None
+        ),
+        settings=settings,
+        data=None,
+        config={"teacher_sha256": "0"},
+        run=SimpleNamespace(student=home / "student"),
+    )
+    report = {**_report(job, {}, {}), "warnings": [str(home / "images"), "1/2 of them, a/b"]}
+    assert "secret" in report["command"]
+    assert "secret" in json.dumps(report["settings"])
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    (other / "report.json").write_text(json.dumps(report))
+    kept = export.export_student(other, tmp_path / "out", targets=())["run"]
+    for file in ("report.json", "README.md"):
+        assert "secret" not in (tmp_path / "out" / file).read_text()
+    flags = shlex.split(report["command"])
+    assert len(flags) > 6
+    assert shlex.split(kept["command"]) == [
+        f"{flag}={Path(value).name}" if equals and "path" in flag else word
+        for word in flags
+        for flag, equals, value in [word.partition("=")]
+    ]
+    assert kept["settings"]["data_path"] == "images"
+    assert kept["warnings"] == ["images", "1/2 of them, a/b"]
+    assert kept["versions"] == report["versions"]
+
+
+@pytest.mark.parametrize(("word", "kept"), [
+    ("--config.data.path=/home/me/images", "--config.data.path=images"),
+    ("--other=/home/me/a=b/images", "--other=images"),
+    ("--other=~/images", "--other=images"),
+    (r"--other=C:\Users\me\images", "--other=images"),
+    ("/home/me/bin/python", "python"),
+    ("--config.student.overrides=('stage1/a=w8',)", "--config.student.overrides=('stage1/a=w8',)"),
+    ("--config.data.name=imagenet2012/validation", "--config.data.name=imagenet2012/validation"),
+])  # fmt: skip
+def test_places_in_a_command_become_their_last_name(word, kept):
+    found = export._without_places({"command": shlex.join(["python", word])})
+    assert shlex.split(found["command"]) == ["python", kept]
+
+
+def test_the_tables_hold_what_the_codes_do(exported):
+    report = json.loads((exported / "report.json").read_text())
+    _, codes, _ = load_student(exported / "student")
+    used = {row["layer"]: row["codes_used"] for row in report["layers"]}
+    assert used == {n: len(set(w["codes"].ravel().tolist())) for n, w in codes["weights"].items()}
+    assert len(set(used.values())) > 1
+    scales = {row["tensor"]: (row["scale"], row["zero_point"]) for row in report["tensors"]}
+    assert scales == {n: (t["scale"], t["zero_point"]) for n, t in codes["tensors"].items()}
+    assert len(set(scales.values())) > 2
 
 
 @pytest.mark.parametrize("settings", [
@@ -226,21 +299,116 @@ def test_a_truncated_file_is_found(file, exported, tmp_path, capsys):
 # --- refusals ------------------------------------------------------------------------------------
 
 
-def test_nothing_is_overwritten_unasked(run, exported, tmp_path):
+@pytest.fixture
+def earlier(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def tree(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_nothing_is_overwritten_unasked(run, earlier, tmp_path):
+    before = tree(earlier)
     with pytest.raises(FileExistsError, match="found an earlier export; --overwrite replaces it"):
-        export.export_student(run, exported)
+        export.export_student(run, earlier)
+    assert tree(earlier) == before
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="found other files, expected an empty"):
-        export.export_student(run, tmp_path, overwrite=True)
+    for out in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(FileExistsError, match="found other files, expected an empty"):
+            export.export_student(run, out, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_a_new_export_replaces_an_earlier_one_whole(run, tmp_path):
-    export.export_student(run, tmp_path / "out", targets=("jax",))
-    export.export_student(tmp_path / "out", tmp_path / "out", targets=("onnx",), overwrite=True)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"student", "model.onnx", "report.json", "README.md"}
+def test_a_finished_run_is_not_overwritten(run, tmp_path):
+    """It too has a student and a report."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    before = tree(other)
+    with pytest.raises(FileExistsError, match="found other files, expected an empty"):
+        export.export_student(run, other, overwrite=True)
+    assert tree(other) == before
+    for out in (other, other / "exported", tmp_path / "x" / ".." / "other" / "exported"):
+        with pytest.raises(ValueError, match="expected one outside of it"):
+            export.export_student(other, out, overwrite=True)
+    assert tree(other) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_what_lies_beside_an_earlier_export_is_named_and_kept(run, earlier):
+    (earlier / "thesis.txt").write_text("mine")
+    (earlier / "plots").mkdir()
+    with pytest.raises(FileExistsError, match=r"beside it plots, thesis\.txt, expected nothing"):
+        export.export_student(run, earlier, overwrite=True)
+    assert (earlier / "thesis.txt").read_text() == "mine"
+
+
+def test_a_new_export_replaces_an_earlier_one_whole(run, earlier, tmp_path):
+    export.export_student(run, earlier, targets=("jax",), overwrite=True)
+    names = {path.name for path in earlier.iterdir()}
+    assert names == {"student", "model.jaxexport", "report.json", "README.md"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_still_leads_to_the_export(run, earlier, tmp_path):
+    for name, target in (("link", earlier), ("new", tmp_path / "made" / "later")):
+        link = tmp_path / name
+        link.symlink_to(target)
+        export.export_student(run, link, targets=("jax",), overwrite=True)
+        assert link.is_symlink()
+        assert (target / "model.jaxexport").exists()
+        assert not (target / "model.onnx").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link", "new", "made"}
+    with pytest.raises(ValueError, match="expected one outside of it"):
+        export.export_student(earlier, tmp_path / "link", overwrite=True)
+
+
+def test_a_failed_export_leaves_the_earlier_one(run, earlier, tmp_path, monkeypatch):
+    before = tree(earlier)
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "model_card", full)
+        with pytest.raises(OSError, match="no space left"):
+            export.export_student(run, earlier, targets=("jax",), overwrite=True)
+    assert tree(earlier) == before
+
+    move = os.replace
+
+    def stuck(source, target):
+        if Path(source).name == "new":
+            full()
+        move(source, target)
+
+    monkeypatch.setattr("os.replace", stuck)
+    with pytest.raises(OSError, match="no space left"):
+        export.export_student(run, earlier, targets=("jax",), overwrite=True)
+    assert tree(earlier) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("report", "message"), [
+    ({}, "found no network, weight_bits, act_bits, images, teacher_source, preset, policy, steps"),
+    ({**RUN_REPORT, "images": 5}, "found no data, teacher, student, agreement"),
+    ({key: value for key, value in RUN_REPORT.items() if key != "seed"}, "found no seed, expected"),
+    ([], "found a JSON list"),
+])  # fmt: skip
+def test_a_report_that_lacks_something_is_named(report, message, run, tmp_path, capsys):
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    (other / "report.json").write_text(json.dumps(report))
+    assert export.main(["--run", str(other), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert str(other / "report.json") in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_commands_refuse_with_a_message(run, tmp_path, capsys):
