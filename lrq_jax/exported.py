@@ -90,6 +90,9 @@ def _files(directory: Path) -> list[Path]:
 def record(directory: str | Path, **findings: Any) -> None:
     """Puts findings into an export's report, and writes its card anew.
 
+    Rows of `agreement`, and timings of `latency` from the same machine, stay for the runtimes that
+    the findings do not hold.
+
     Args:
       directory: of `lrq_jax.export`.
       **findings: JSON-ready; `census`, `agreement` and `latency` are shown on the card.
@@ -99,7 +102,33 @@ def record(directory: str | Path, **findings: Any) -> None:
       ValueError: its report is damaged.
     """
     directory = Path(directory)
-    report = read_export(directory) | findings
+    report = read_export(directory)
+    if "agreement" in findings:
+        findings["agreement"] = _merged(report.get("agreement", []), findings["agreement"])
+    if "latency" in findings and "latency" in report:
+        findings["latency"] = _merged_latency(report["latency"], findings["latency"])
+        findings["census"] = findings["latency"]["census"]
+    report |= findings
     _, _, preprocessing = load_student(directory / STUDENT)
     write_json(directory / REPORT, report)
     (directory / CARD).write_text(model_card(report, preprocessing), encoding="utf-8")
+
+
+def _merged(earlier: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, behind those of other runtimes, or files: a name's first word, without version."""
+    runtimes = {row["runtime"].split()[0] for row in rows}
+    return [row for row in earlier if row["runtime"].split()[0] not in runtimes] + rows
+
+
+def _merged_latency(earlier: dict[str, Any], latency: dict[str, Any]) -> dict[str, Any]:
+    """What `bench` returned, with what it had returned of other runtimes on this machine."""
+    if earlier["machine"] != latency["machine"]:
+        return latency
+    merged = earlier | latency
+    if not latency["census"]:  # ONNX Runtime was not timed this time
+        for name in ("census", "integer_layers", "float_layers"):
+            merged[name] = earlier[name]
+    for name in ("bytes", "versions"):
+        merged[name] = earlier[name] | latency[name]
+    merged["timings"] = _merged(earlier["timings"], latency["timings"])
+    return merged

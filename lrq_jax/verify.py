@@ -4,7 +4,8 @@
 
 The codes in DIR/student, executed by JAX, are the reference. Exact runtimes (ONNX Runtime, LiteRT,
 model.jaxexport) must give identical logits on every image, and the constants in each file must be the
-reference's to the last bit. Exits 1 on any difference and names the first tensor that differs. OpenVINO
+reference's to the last bit; DIR/report.json must say what both are. Exits 1 on any difference and names
+the first tensor that differs, 2 if a runtime's package is missing and nothing else is wrong. OpenVINO
 drops quantizers before additions: its flips are counted, and fail beyond --tolerance. Without --data
 the images are synthetic: all darkest, all brightest, flat, smooth, checkered and random pixels; codes
 that no pixels make, all 0, all the highest and random; of files that take pixels, every value.
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import numpy as np
 from lrq_jax.console import say
 from lrq_jax.data import EvalData, Preprocessing, load_data
 from lrq_jax.data.pixels import crop
-from lrq_jax.exported import record
+from lrq_jax.exported import contents, hashes, read_export, record, sha256, sizes
 from lrq_jax.passes import Student
 from lrq_jax.report_file import REPORT
 from lrq_jax.runtimes import Reference, Runner
@@ -35,7 +37,12 @@ from lrq_jax.runtimes.onnx_runtime import WIDE_PAIRS, OnnxRunner
 from lrq_jax.runtimes.openvino import OpenVinoRunner
 from lrq_jax.runtimes.processor import machine, saturates_pairs
 from lrq_jax.runtimes.trials import fed_to, in_batches, synthetic_pixels
-from lrq_jax.writers import jax_difference, onnx_difference, tflite_difference
+from lrq_jax.writers import (
+    jax_difference,
+    onnx_difference,
+    tflite_difference,
+    value_difference,
+)
 from lrq_jax.writers.codes import load_student
 from lrq_jax.writers.extras import require
 from lrq_jax.writers.tables import is_portable
@@ -49,6 +56,7 @@ RUNTIMES: dict[str, tuple[str, Any]] = {
 }
 """Runtime -> (file it runs, runner)."""
 
+_AGAINST = "against the stored codes"
 SYNTHETIC_IMAGES = 256
 TOLERANCE = 0.3
 """A runtime that is not exact may class this share of the images otherwise: what it drops turns codes
@@ -57,10 +65,10 @@ near a rounding boundary, and at 4 bits that spreads (OpenVINO: docs/integers.md
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What was found out about one runtime.
+    """What was found out about one runtime, or file.
 
     Attributes:
-      runtime: name and version.
+      runtime: name and version; or the file, and what it was compared with.
       exact: whether it had to be identical.
       images: how many it was tried on.
       different: images whose logits differ in any bit.
@@ -68,6 +76,8 @@ class Verdict:
       tolerance: share of the images that may be, where it need not be identical.
       largest: largest difference of a logit.
       fault: what is wrong and where; empty if nothing.
+      untried: why it was not tried, such as a package that is missing; empty if it was.
+      compared: of a file that passed, what was found the same.
     """
 
     runtime: str
@@ -78,22 +88,32 @@ class Verdict:
     tolerance: float = 0.0
     largest: float = 0.0
     fault: str = ""
+    untried: str = ""
+    compared: str = ""
 
     @property
     def passed(self) -> bool:
         """False where a runtime that must be identical is not, another is too far from it, or
-        one cannot be run."""
+        one cannot be run or was not tried."""
         allowed = 0 if self.exact else self.tolerance * self.images
-        return not self.fault and self.flips <= allowed and not (self.exact and self.different)
+        wrong = self.fault or self.untried or (self.exact and self.different)
+        return not wrong and self.flips <= allowed
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was tried and did not pass."""
+        return not self.passed and not self.untried
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, with whether it passed."""
         return {**dataclasses.asdict(self), "passed": self.passed}
 
     def __str__(self) -> str:
+        if self.untried:
+            return f"-       {self.runtime}: not tried: {self.untried}"
+        outcome = "FAILED" if self.failed else "ok    "
         if not self.images:
-            return f"FAILED  {self.runtime}: {self.fault}" if self.fault else f"ok      {self.runtime}: every bit the same"  # fmt: skip
-        outcome = "ok    " if self.passed else "FAILED"
+            return f"{outcome}  {self.runtime}: {self.fault or self.compared}"
         kind = (
             "must be identical"
             if self.exact
@@ -110,23 +130,26 @@ class Verdict:
 def verify(directory: str | Path, *, data: EvalData | None = None, images: int | None = None,
            runtimes: tuple[str, ...] | None = None, wide_pairs: bool = False,
            tolerance: float = TOLERANCE) -> list[Verdict]:  # fmt: skip
-    """One verdict per file on its constants, and one per runtime.
+    """One verdict per file on its constants, one per runtime, and one on the report.
 
     Args:
       directory: an export.
       data: images to try instead of synthetic ones.
       images: how many of them; None for all.
-      runtimes: keys of `RUNTIMES`; None takes the exact ones whose files are there.
+      runtimes: keys of `RUNTIMES`; None takes the exact ones whose files are there, and leaves
+        those untried whose packages are missing.
       wide_pairs: ONNX Runtime's option for 8-bit files on x86 processors without VNNI.
       tolerance: share of the images that a runtime which is not exact may class otherwise.
 
     Raises:
       FileNotFoundError: no export there, or no file for a runtime asked for.
-      ValueError: an unknown runtime, a tolerance that is no share, or a student that cannot be read.
+      ValueError: an unknown runtime, a tolerance that is no share, or a student or report that
+        cannot be read.
+      ImportError: the package of a runtime asked for is missing; names the extra.
     """
     directory = Path(directory)
     student, codes, preprocessing = load_student(directory / STUDENT)
-    reference = Reference(student, codes)
+    asked = runtimes is not None
     if runtimes is None:
         runtimes = tuple(
             name
@@ -134,10 +157,11 @@ def verify(directory: str | Path, *, data: EvalData | None = None, images: int |
             if runner.exact and (directory / file).exists()
         )
     unknown = [name for name in runtimes if name not in RUNTIMES]
-    if unknown or not runtimes:
+    if unknown or (asked and not runtimes):
         raise ValueError(f"runtime: found {unknown or 'none'}, expected some of {list(RUNTIMES)}")
     if not 0 <= tolerance <= 1:
         raise ValueError(f"tolerance: found {tolerance}, expected a share from 0 to 1")
+    report = read_export(directory)
     if data is None:
         pixels = synthetic_pixels(student.graph.input_shape, SYNTHETIC_IMAGES)
     else:
@@ -150,23 +174,39 @@ def verify(directory: str | Path, *, data: EvalData | None = None, images: int |
                 f"runtime {name}: found no {RUNTIMES[name][0]} in {str(directory)!r}, expected one; "
                 "export it with --targets"
             )
-    files = dict.fromkeys(RUNTIMES[name][0] for name in runtimes)
-    verdicts = [_constants(file, directory, student, codes, preprocessing) for file in files]
-    for name in runtimes:
+    reference = Reference(student, codes)
+
+    def constants(file: str) -> Verdict:
+        return _constants(file, directory, report, student, codes, preprocessing)
+
+    def tried(name: str) -> Verdict:
         file, runner = RUNTIMES[name]
         options = {"wide_pairs": True} if wide_pairs and runner is OnnxRunner else {}
         try:
             loaded = runner(directory / file, **options)
         except ValueError as error:
-            verdicts.append(Verdict(runtime=name, exact=runner.exact, fault=str(error)))
-            continue
+            return Verdict(runtime=runner.name, exact=runner.exact, fault=str(error))
         hostile = data is None
-        fed, tried = fed_to(loaded, student, codes, preprocessing, pixels, hostile=hostile)
-        verdict = _compare(loaded, reference, fed, tried, tolerance)
+        fed, shown = fed_to(loaded, student, codes, preprocessing, pixels, hostile=hostile)
+        verdict = _compare(loaded, reference, fed, shown, tolerance)
         if name == OnnxRunner.name and not wide_pairs and not verdict.passed and verdict.images:
-            verdict = _with_cause(verdict, directory / file, reference, codes, fed, tried)
-        verdicts.append(verdict)
-    return verdicts
+            verdict = _with_cause(verdict, directory / file, reference, codes, fed, shown)
+        return verdict
+
+    files = dict.fromkeys(RUNTIMES[name][0] for name in runtimes)
+    attempts = [(f"{file} {_AGAINST}", True, partial(constants, file)) for file in files]
+    for name in runtimes:
+        _, runner = RUNTIMES[name]
+        attempts.append((runner.name, runner.exact, partial(tried, name)))
+    verdicts = []
+    for what, exact, attempt in attempts:
+        try:
+            verdicts.append(attempt())
+        except ImportError as error:
+            if asked:
+                raise
+            verdicts.append(Verdict(runtime=what, exact=exact, untried=str(error)))
+    return [*verdicts, _said(directory, report, student, codes)]
 
 
 def _with_cause(verdict: Verdict, file: Path, reference: Reference, codes: dict[str, Any],
@@ -191,18 +231,18 @@ def _with_cause(verdict: Verdict, file: Path, reference: Reference, codes: dict[
     return dataclasses.replace(verdict, fault=cause)
 
 
-def _constants(file: str, directory: Path, student: Student, codes: dict[str, Any],
-               preprocessing: Preprocessing) -> Verdict:  # fmt: skip
+def _constants(file: str, directory: Path, report: dict[str, Any], student: Student,
+               codes: dict[str, Any], preprocessing: Preprocessing) -> Verdict:  # fmt: skip
     """Whether a file holds exactly the reference's numbers: it is written once more and compared."""
-    report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
     options, found = report["options"], (directory / file).read_bytes()
-    what = f"{file} against the stored codes"
+    what, compared = f"{file} {_AGAINST}", "every bit the same"
+    fault: str | None
     if file == FILES["jax"]:
         if report.get("jax") != jax.__version__:
-            skipped = f"{what}: not compared, since jax {report.get('jax')} wrote it and this is "
-            return Verdict(runtime=f"{skipped}jax {jax.__version__}", exact=True)
-        expected = target_bytes("jax", student, codes, preprocessing, options)
-        fault = jax_difference.first_difference(found, expected, codes)
+            fault, compared = _as_written(file, directory, report)
+        else:
+            expected = target_bytes("jax", student, codes, preprocessing, options)
+            fault = jax_difference.first_difference(found, expected, codes)
     elif file == FILES["litert"]:
         expected = target_bytes("litert", student, codes, preprocessing, options)
         fault = tflite_difference.first_difference(found, expected)
@@ -215,7 +255,37 @@ def _constants(file: str, directory: Path, student: Student, codes: dict[str, An
             return Verdict(runtime=what, exact=True, fault=f"not a readable ONNX file: {error}")
         expected = onnx_proto(student, codes, preprocessing, options)
         fault = onnx_difference.first_difference(model, expected)
-    return Verdict(runtime=what, exact=True, fault=fault or "")
+    return Verdict(runtime=what, exact=True, fault=fault or "", compared=compared)
+
+
+def _as_written(file: str, directory: Path, report: dict[str, Any]) -> tuple[str, str]:
+    """Fault and what was compared of a file that this version of jax would write otherwise."""
+    why = f"since jax {report.get('jax')} wrote it and this is jax {jax.__version__}"
+    if not (recorded := _hashes(report).get(file)):
+        return "", f"not compared, {why} and the export recorded no sha256"
+    fault = ""
+    if (found := sha256(directory / file)) != recorded:
+        fault = f"found sha256 {found}, expected {recorded}, as written at export"
+    return fault, f"as written at export (sha256); constants not compared, {why}"
+
+
+def _said(directory: Path, report: dict[str, Any], student: Student, codes: dict[str, Any]) -> Verdict:  # fmt: skip
+    """Whether the report says what the student and the files are."""
+    expected = {**contents(student, codes), "files": sizes(directory)}
+    compared = "as written at export"
+    if _hashes(report):
+        expected["sha256"] = hashes(directory, codes)
+    else:
+        compared = "the same; sha256 not compared, since an earlier version recorded none"
+    found = {name: report[name] for name in expected}
+    fault = value_difference.first_difference(found, json.loads(json.dumps(expected)))
+    what = f"{REPORT} against {STUDENT}/ and the files"
+    return Verdict(runtime=what, exact=True, fault=fault or "", compared=compared)
+
+
+def _hashes(report: dict[str, Any]) -> dict[str, str]:
+    """By file; {} of exports that an earlier version made."""
+    return report.get("sha256", {})
 
 
 def _compare(runner: Runner, reference: Reference, fed: np.ndarray, images: np.ndarray,
@@ -293,7 +363,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns 0, 1 on any difference, 2 after a message on standard error."""
+    """Runs the command; returns 0, 1 on any difference, 2 if a runtime was not tried and nothing
+    failed, or after a message on standard error."""
     options = _parser().parse_args(arguments)
     runtimes = tuple(options.runtime.split(",")) if options.runtime else None
     try:
@@ -315,7 +386,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for verdict in verdicts:
         say(str(verdict))
-    return 0 if all(verdict.passed for verdict in verdicts) else 1
+    if any(verdict.failed for verdict in verdicts):
+        return 1
+    return 2 if any(verdict.untried for verdict in verdicts) else 0
 
 
 if __name__ == "__main__":

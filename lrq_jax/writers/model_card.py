@@ -28,7 +28,7 @@ def model_card(report: dict[str, Any], preprocessing: Preprocessing) -> str:
     files = "\n".join(f"| {name} | {size:,} |" for name, size in report["files"].items())
     return f"""# {run["network"]}, W{run["weight_bits"]}A{run["act_bits"]} integers
 
-Made by lrq_jax {report["version"]} from a trained float network, without the data it was trained on.
+Made by lrq_jax {report["version"]} from a trained float network, {_images(run)}.
 
 ## Accuracy
 
@@ -36,7 +36,7 @@ Made by lrq_jax {report["version"]} from a trained float network, without the da
 
 ## Input
 
-{_input(report["options"]["input_kind"], preprocessing)}
+{_input(report, preprocessing)}
 
 ## Files
 
@@ -88,6 +88,13 @@ In float32 its weights and biases would be {report["float32_bytes"]:,} bytes.
 """
 
 
+def _images(run: dict[str, Any]) -> str:
+    """What it was made with; runs of before `zero_shot` was reported were."""
+    if run.get("zero_shot", True):
+        return "without the data it was trained on"
+    return f"NOT zero-shot: trained on {run['settings']['train_images']:,} real images"
+
+
 def _accuracy(run: dict[str, Any]) -> str:
     if not run["images"]:
         return "Not measured: the run was given no labelled images."
@@ -105,7 +112,7 @@ def _agreement(report: dict[str, Any]) -> str:
         return "Not measured: `python -m lrq_jax.verify DIR --record` does."
     rows = "\n".join(
         f"| {row['runtime']} | {row['images'] or '-'} | {row['different']} | {row['flips']} | "
-        f"{' '.join(row['fault'].split()) or 'passed'} |"
+        f"{_outcome(row)} |"
         for row in report["agreement"]
     )
     return (
@@ -113,6 +120,14 @@ def _agreement(report: dict[str, Any]) -> str:
         "| runtime | images | logits that differ | classed otherwise | |\n|---|---|---|---|---|\n"
         f"{rows}"
     )
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    if row.get("untried"):
+        return f"not tried: {' '.join(row['untried'].split())}"
+    if not row["passed"]:
+        return " ".join(["FAILED", *row["fault"].split()])
+    return "passed" if row["images"] else row.get("compared", "passed")
 
 
 def _speed(report: dict[str, Any]) -> str:
@@ -140,7 +155,8 @@ def _speed(report: dict[str, Any]) -> str:
     )
 
 
-def _input(kind: str, preprocessing: Preprocessing) -> str:
+def _input(report: dict[str, Any], preprocessing: Preprocessing) -> str:
+    """Of each exported file."""
     size, channels = preprocessing.size, preprocessing.channels
     order = "RGB" if channels == 3 else "grey"
     mean, std = (
@@ -153,14 +169,18 @@ def _input(kind: str, preprocessing: Preprocessing) -> str:
         if preprocessing.resize
         else ""
     )
-    form = (
-        f"model.onnx takes raw uint8 pixels `image` `[batch, {size}, {size}, {channels}]`; the "
-        "normalisation is inside. "
-        if kind == "uint8"
-        else f"model.onnx takes float32 `image` `[batch, {channels}, {size}, {size}]`. "
-    )
+    batch = report["options"]["batch"]
+    last, first = f"{size}, {size}, {channels}", f"{channels}, {size}, {size}"
+    pixels = report["options"]["input_kind"] == "uint8"
+    raw, normalised = "raw uint8 pixels, normalised inside,", "normalised float32"
+    kind = raw if pixels else normalised
+    inputs = {
+        "model.onnx": f"`image`, {kind} `[{batch or 'batch'}, {last if pixels else first}]`",
+        "model.jaxexport": f"{normalised} `[{batch or 'batch'}, {last}]`",
+        "model.tflite": f"{kind} `[{batch or 1}, {last}]`; the runtime can resize the batch",
+    }
+    lines = [f"- {name}: {text}" for name, text in inputs.items() if name in report["files"]]
     return (
-        f"{order}, {size} x {size} pixels. {resize}{form}Normalisation: "
-        f"`(pixels / 255 - mean) / std` with mean {mean} and std {std}; model.jaxexport takes "
-        f"normalised `[batch, {size}, {size}, {channels}]`."
-    )
+        f"{order}, {size} x {size} pixels. {resize}Normalisation: `(pixels / 255 - mean) / std` "
+        f"with mean {mean} and std {std}.\n\n" + "\n".join(lines)
+    ).rstrip()

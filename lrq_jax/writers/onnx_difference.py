@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from lrq_jax.writers import value_difference
 from lrq_jax.writers.extras import require
+from lrq_jax.writers.onnx_writer import METADATA
 
 
 def first_difference(found: Any, expected: Any) -> str | None:
     """A sentence on the first difference of two `onnx.ModelProto`s, None if there is none.
 
-    Compared are inputs, outputs, nodes with their attributes, and constants bit for bit; not
-    names and texts that no runtime reads.
+    Compared are inputs, outputs, nodes with their attributes, constants bit for bit, and what the
+    file says of itself but for the version that wrote it; not names and texts that nothing reads.
     """
     onnx = require("onnx", extra="onnx")
     for what in ("input", "output"):
@@ -38,7 +41,18 @@ def first_difference(found: Any, expected: Any) -> str | None:
             return f"constant {name!r} differs: {_values(onnx, found, expected, name)}"
     if extra := sorted(set(constants[0]) - set(constants[1])):
         return f"found constants {extra[:3]} that do not belong there"
-    return None
+    ours, theirs = (_metadata(model) for model in (found, expected))
+    return value_difference.first_difference(ours, theirs, f"metadata {METADATA}")
+
+
+def _metadata(model: Any) -> Any:
+    """What the file says of itself, without the version that wrote it."""
+    text = {entry.key: entry.value for entry in model.metadata_props}.get(METADATA)
+    try:
+        said = json.loads(text or "null")
+    except ValueError:
+        return text
+    return {k: v for k, v in said.items() if k != "version"} if isinstance(said, dict) else said
 
 
 def _node(onnx: Any, node: Any) -> dict[str, Any]:
