@@ -18,6 +18,7 @@ from lrq_jax.passes import QuantSpec, Student
 from lrq_jax.quantize import _report
 from lrq_jax.sharding import local_mesh
 from lrq_jax.writers.codes import load_student, save_student
+from lrq_jax.writers.model_card import model_card
 from lrq_jax.writers.onnx_writer import codes_name
 
 onnx = pytest.importorskip("onnx")
@@ -159,6 +160,72 @@ def test_other_forms_verify_too(settings, run, tmp_path):
 def test_a_network_with_gates_verifies(tmp_path):
     export.export_student(finished_run(tmp_path / "run", gated_like), tmp_path / "out")
     assert all(verdict.passed for verdict in verify.verify(tmp_path / "out"))
+
+
+# --- the card ------------------------------------------------------------------------------------
+
+
+def section(card, name):
+    return card.partition(f"## {name}\n")[2].partition("\n## ")[0]
+
+
+def test_the_card_has_the_bits_of_every_layer(exported):
+    report = json.loads((exported / "report.json").read_text())
+    for index, row in enumerate(report["layers"]):
+        row |= {"weight_bits": 2 + index % 3, "input_bits": 5 + index % 4}
+    card = section(model_card(report, PREPROCESSING), "Bits per layer").splitlines()[3:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in card]
+    assert [[row[0], *row[3:]] for row in rows] == [
+        [row["layer"], str(row["weight_bits"]), str(row["input_bits"])] for row in report["layers"]
+    ]
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ({}, "network, without the data it was trained on."),
+    ({"zero_shot": True}, "network, without the data it was trained on."),
+    ({"zero_shot": False, "settings": {"train_images": 1024}},
+     "network, NOT zero-shot: trained on 1,024 real images."),
+])  # fmt: skip
+def test_the_card_says_whether_real_images_were_used(more, said, run, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    (other / "report.json").write_text(json.dumps(RUN_REPORT | more))
+    export.export_student(other, tmp_path / "out", targets=())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert said in card
+    assert ("without the data" in card) != ("NOT zero-shot" in card)
+
+
+@pytest.mark.parametrize(("settings", "lines"), [
+    ({"targets": ("orbax",)}, []),
+    ({"targets": ("onnx", "jax")}, [
+        "- model.onnx: `image`, normalised float32 `[batch, 3, 8, 8]`",
+        "- model.jaxexport: normalised float32 `[batch, 8, 8, 3]`",
+    ]),
+    ({"targets": ("onnx", "jax"), "batch": 3, "input_kind": "uint8"}, [
+        "- model.onnx: `image`, raw uint8 pixels, normalised inside, `[3, 8, 8, 3]`",
+        "- model.jaxexport: normalised float32 `[3, 8, 8, 3]`",
+    ]),
+    ({"targets": ("litert",)}, [
+        "- model.tflite: normalised float32 `[1, 8, 8, 3]`; the runtime can resize the batch",
+    ]),
+    ({"targets": ("litert",), "batch": 2, "input_kind": "uint8"}, [
+        "- model.tflite: raw uint8 pixels, normalised inside, `[2, 8, 8, 3]`; the runtime can "
+        "resize the batch",
+    ]),
+])  # fmt: skip
+def test_the_card_describes_the_inputs_of_the_files_there_are(settings, lines, run, tmp_path):
+    if "litert" in settings["targets"]:
+        pytest.importorskip("ai_edge_litert")
+    export.export_student(run, tmp_path / "out", **settings)
+    said = section((tmp_path / "out" / "README.md").read_text(), "Input").splitlines()
+    assert [line for line in said if line.startswith("-")] == lines
+    assert said[1].endswith("mean 0.4, 0.45, 0.5 and std 0.2, 0.21, 0.22.")
+    assert sum("model." in line for line in said) == len(lines)
+    if "model.onnx" in str(lines):
+        image = onnx.load(tmp_path / "out" / "model.onnx").graph.input[0].type.tensor_type
+        shape = [dim.dim_param or dim.dim_value for dim in image.shape.dim]
+        assert f"`[{', '.join(map(str, shape))}]`" in lines[0]
 
 
 # --- planted faults ------------------------------------------------------------------------------
