@@ -285,7 +285,7 @@ def _said(directory: Path, report: dict[str, Any], student: Student, codes: dict
 
 def _hashes(report: dict[str, Any]) -> dict[str, str]:
     """By file; {} of exports that an earlier version made."""
-    return report.get("sha256", {})
+    return report.get("sha256") or {}
 
 
 def _compare(runner: Runner, reference: Reference, fed: np.ndarray, images: np.ndarray,
