@@ -93,13 +93,12 @@ class Exported:
     portable_without_vnni: bool
 
     def verify(self, data: EvalData | str | Path | None = None) -> tuple[Verdict, ...]:
-        """One verdict per runtime whose file is there; see `lrq_jax.verify.verify`.
+        """A verdict on each file, its runtime and the report; see `lrq_jax.verify.verify`.
+
+        Where a runtime's package is missing, its verdict has not passed and `untried` names the extra.
 
         Args:
           data: images to try; None takes synthetic ones.
-
-        Raises:
-          ImportError: the runtime of a file is not installed; names the extra.
         """
         return tuple(_verify(self.path, data=None if data is None else _data(data)))
 

@@ -80,7 +80,7 @@ def test_it_evaluates_exports_and_verifies(tiny_run, tmp_path):
     assert exported.portable_without_vnni
     assert "model.onnx" in repr(exported)
     verdicts = exported.verify()
-    assert len(verdicts) == 4  # logits and constants of both files
+    assert len(verdicts) == 5  # logits and constants of both files, and the report
     assert all(verdict.passed for verdict in verdicts)
     assert {round(a.top1, 4) for a in exported.evaluate(data).values()} == {result.student}
     codes = [load_student(path / "student")[1] for path in (result.path, exported.path)]
