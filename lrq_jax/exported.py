@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ _FIELDS = {
     "version": str, "options": dict, "run": dict, "layers": list, "tensors": list,
     "portable_without_vnni": bool, "float32_bytes": int, "files": dict,
 }  # fmt: skip
+_LICENCE = re.compile("^- licence: .*$", re.MULTILINE)
+"""The line of a card that a person fills in."""
 _OPTIONS = ("weight_storage", "batch", "input_kind")
 
 
@@ -88,7 +91,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def record(directory: str | Path, **findings: Any) -> None:
-    """Puts findings into an export's report, and writes its card anew.
+    """Puts findings into an export's report, and writes its card anew but for the licence line.
 
     Rows of `agreement`, and timings of `latency` from the same machine, stay for the runtimes that
     the findings do not hold.
@@ -111,7 +114,10 @@ def record(directory: str | Path, **findings: Any) -> None:
     report |= findings
     _, _, preprocessing = load_student(directory / STUDENT)
     write_json(directory / REPORT, report)
-    (directory / CARD).write_text(model_card(report, preprocessing), encoding="utf-8")
+    card, text = directory / CARD, model_card(report, preprocessing)
+    if card.is_file() and (filled := _LICENCE.search(card.read_text(encoding="utf-8"))):
+        text = _LICENCE.sub(lambda _: filled[0], text)
+    card.write_text(text, encoding="utf-8")
 
 
 def _merged(earlier: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -244,7 +244,7 @@ def _constants(file: str, directory: Path, report: dict[str, Any], student: Stud
             expected = target_bytes("jax", student, codes, preprocessing, options)
             fault = jax_difference.first_difference(found, expected, codes)
     elif file == FILES["litert"]:
-        expected = target_bytes("litert", student, codes, preprocessing, options)
+        expected = target_bytes("litert", student, codes, preprocessing, options, report["version"])
         fault = tflite_difference.first_difference(found, expected)
     else:
         try:

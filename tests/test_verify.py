@@ -138,6 +138,12 @@ def test_a_fault_in_a_tflite_file_is_found(fault, tflite, tmp_path, capsys):
         assert "first tensor that differs: 'relu1'" in said
 
 
+def test_another_version_of_lrq_jax_may_have_written_a_tflite_file(tflite, monkeypatch):
+    monkeypatch.setattr("lrq_jax.writers.targets.__version__", "99.0")
+    (constants, *_) = verify.verify(tflite)
+    assert constants.passed, constants
+
+
 # --- .jaxexport ----------------------------------------------------------------------------------
 
 
@@ -571,3 +577,15 @@ def test_unmeasured_exports_say_so_until_they_are(exported, tmp_path, capsys):
     assert "verify DIR --record` does" in (out / "README.md").read_text()
     assert verify.main([str(out), "--record"]) == 0
     assert "verify DIR --record` does" not in (out / "README.md").read_text()
+
+
+def test_a_card_keeps_the_licence_that_was_filled_in(copy):
+    card = copy / "README.md"
+    text = card.read_text(encoding="utf-8")
+    line = "- licence: BSD, \\1 und Ähnliches"
+    card.write_text(
+        text.replace("- licence: (to be filled in: that of the teacher's weights)", line)
+    )
+    record(copy, agreement=[])
+    assert line in card.read_text(encoding="utf-8").splitlines()
+    assert "filled in" not in card.read_text(encoding="utf-8")

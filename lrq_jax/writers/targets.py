@@ -21,15 +21,20 @@ TARGETS = (*FILES, "orbax")
 
 
 def target_bytes(target: str, student: Student, codes: dict[str, Any],
-                 preprocessing: Preprocessing, options: dict[str, Any]) -> bytes:  # fmt: skip
-    """The file of one target."""
+                 preprocessing: Preprocessing, options: dict[str, Any],
+                 version: str | None = None) -> bytes:  # fmt: skip
+    """The file of one target.
+
+    Args:
+      version: of lrq_jax, that the file names; None for this one. A comparison takes the file's.
+    """
     if target == "jax":
         return jax_export(student, codes, batch=options["batch"])
     if target == "litert":
         return tflite_model(
             student,
             codes,
-            metadata=_metadata(student, preprocessing, options),
+            metadata=_metadata(student, preprocessing, options, version or __version__),
             input_kind=options["input_kind"],
             table=lambda pixels: normalise(pixels, preprocessing),
             batch=options["batch"] or 1,
@@ -43,7 +48,7 @@ def onnx_proto(student: Student, codes: dict[str, Any], preprocessing: Preproces
     return onnx_model(
         student,
         codes,
-        metadata=_metadata(student, preprocessing, options),
+        metadata=_metadata(student, preprocessing, options, __version__),
         weight_storage=options["weight_storage"],
         input_kind=options["input_kind"],
         table=lambda pixels: normalise(pixels, preprocessing),
@@ -51,10 +56,11 @@ def onnx_proto(student: Student, codes: dict[str, Any], preprocessing: Preproces
     )
 
 
-def _metadata(student: Student, preprocessing: Preprocessing, options: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+def _metadata(student: Student, preprocessing: Preprocessing, options: dict[str, Any],
+              version: str) -> dict[str, Any]:  # fmt: skip
     """What a file says of itself, so that it can be evaluated alone."""
     return {
-        "version": __version__,
+        "version": version,
         "options": options,
         "preprocessing": vars(preprocessing),
         "num_classes": student.graph.num_classes,
