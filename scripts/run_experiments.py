@@ -74,8 +74,10 @@ FAST = {
     "U W5A5 seed 0": _bits(5, 5),
     "U W4A4 real images": REAL,
     "U W3A3 real images": [*REAL, *_bits(3, 3)],
+    "U W5A5 real images": [*REAL, *_bits(5, 5)],
     "R W4A4 seed 0": POLICY_R,
     "R W3A3 seed 0": [*POLICY_R, *_bits(3, 3)],
+    "R W3A3 real images": [*REAL, *POLICY_R, *_bits(3, 3)],
     "R W2A4 seed 0": [*POLICY_R, *_bits(2, 4)],
 }
 FAST_PARTS = {
