@@ -28,9 +28,9 @@ from subjects import SUBJECTS, Subject
 
 from lrq_jax.bench import FLOAT_OPERATORS, INTEGER_OPERATORS
 from lrq_jax.runtimes import Reference
+from lrq_jax.runtimes.batches import in_batches
 from lrq_jax.runtimes.onnx_runtime import OnnxRunner
 from lrq_jax.runtimes.processor import machine
-from lrq_jax.runtimes.trials import in_batches
 from lrq_jax.writers.codes import student_codes
 from lrq_jax.writers.onnx_float import onnx_float_twin
 from lrq_jax.writers.onnx_model import WEIGHT_STORAGES, onnx_model
@@ -57,7 +57,7 @@ def measure(subject: Subject, ranges: dict[str, tuple[float, float]], bits: int,
     for storage in WEIGHT_STORAGES:
         file = onnx_model(student, codes, metadata={}, weight_storage=storage).SerializeToString()
         runner = OnnxRunner(file, threads=1)
-        theirs = runner.logits(images)
+        theirs = in_batches(runner.logits, images)
         census = runner.census()
         found = {
             "bytes": len(file),
@@ -68,7 +68,7 @@ def measure(subject: Subject, ranges: dict[str, tuple[float, float]], bits: int,
         }
         if not found["identical"]:
             wide = OnnxRunner(file, threads=1, wide_pairs=True)
-            theirs = wide.logits(images)
+            theirs = in_batches(wide.logits, images)
             found["identical_wide_pairs"] = bool(np.array_equal(ours, theirs))
         top1[storage] = _top1(theirs, subject.labels)
         result["storages"][storage] = found

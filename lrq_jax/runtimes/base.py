@@ -9,12 +9,21 @@ import numpy as np
 
 
 class Runner(Protocol):
-    """A loaded model. `exact` says whether it must give the reference's codes bit for bit."""
+    """A loaded model.
+
+    Attributes:
+      name: of the runtime.
+      exact: whether it must give the reference's codes bit for bit.
+      input_kind: `float`, normalised images, or `uint8`, raw pixels.
+      version: of the runtime.
+      fixed_batch: images a call that the file was exported for; None for any number.
+    """
 
     name: ClassVar[str]
     exact: ClassVar[bool]
     input_kind: str
     version: str
+    fixed_batch: int | None
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits `[B, K]` of images `[B, H, W, C]`."""

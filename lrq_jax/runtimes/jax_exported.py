@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax import export
 
+from lrq_jax.runtimes.batches import in_batches
+
 
 class JaxExportRunner:
     """Runs a file of `writers.jax_export`.
@@ -33,15 +35,11 @@ class JaxExportRunner:
             ) from error
         self._call = jax.jit(exported.call)
         size = exported.in_avals[0].shape[0]
-        self._batch = size if isinstance(size, int) else None
+        self.fixed_batch = size if isinstance(size, int) else None
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits `[B, K]` of normalised images `[B, H, W, C]`."""
-        size = self._batch or len(images)
-        rest = -len(images) % size
-        padded = np.concatenate([images, np.repeat(images[-1:], rest, axis=0)])
-        pieces = [np.asarray(self._call(padded[i : i + size])) for i in range(0, len(padded), size)]
-        return np.concatenate(pieces)[: len(images)]
+        return in_batches(lambda some: np.asarray(self._call(some)), images, self.fixed_batch)
 
     def codes(self, images: np.ndarray, tensors: Sequence[str]) -> dict[str, np.ndarray]:
         """None: the function returns logits only."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lrq_jax.runtimes.batches import in_batches
 from lrq_jax.writers.extras import require
 from lrq_jax.writers.tflite_builder import packed, schema
 from lrq_jax.writers.tflite_codes import codes_name
@@ -87,17 +88,12 @@ class LiteRTModel:
                 f"found images {images.shape} of {images.dtype}, expected [N, "
                 f"{', '.join(map(str, shape))}] of {dtype}"
             )
-        results: list[list[np.ndarray]] = [[] for _ in self._outputs]
-        for start in range(0, len(images), self.batch):
-            some = images[start : start + self.batch]
-            count = len(some)
-            if count < self.batch:  # the last call's rest: any image
-                some = np.concatenate([some, np.repeat(some[:1], self.batch - count, axis=0)])
-            self._interpreter.set_tensor(self._input["index"], some)
-            self._interpreter.invoke()
-            for parts, detail in zip(results, self._outputs, strict=True):
-                parts.append(self._interpreter.get_tensor(detail["index"])[:count])
-        return [np.concatenate(parts) for parts in results]
+        return in_batches(self._call, images, self.batch)
+
+    def _call(self, images: np.ndarray) -> list[np.ndarray]:
+        self._interpreter.set_tensor(self._input["index"], images)
+        self._interpreter.invoke()
+        return [self._interpreter.get_tensor(detail["index"]) for detail in self._outputs]
 
 
 class LiteRTRunner:
@@ -115,6 +111,7 @@ class LiteRTRunner:
         except Exception as error:  # flatbuffers and the runtime raise classes of their own
             raise ValueError(f"{self._file.name}: LiteRT cannot load it: {error}") from error
         self.input_kind = self._model.input_kind
+        self.fixed_batch = self._model.metadata.get("options", {}).get("batch")  # as exported
         self.version = importlib.metadata.version("ai-edge-litert")
 
     def logits(self, images: np.ndarray) -> np.ndarray:

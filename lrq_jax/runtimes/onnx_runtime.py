@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lrq_jax.graph import INPUT
+from lrq_jax.runtimes.batches import in_batches
 from lrq_jax.writers.extras import require
 from lrq_jax.writers.onnx_writer import LOGITS, codes_name
 
@@ -46,7 +47,7 @@ class OnnxRunner:
         self._session = self._load(self._model)
         (image,) = self._session.get_inputs()
         self.input_kind = "uint8" if "uint8" in image.type else "float"
-        self._batch = image.shape[0] if isinstance(image.shape[0], int) else None
+        self.fixed_batch = image.shape[0] if isinstance(image.shape[0], int) else None
 
     def _load(self, model: bytes, optimized: str = "") -> Any:
         options = self._ort.SessionOptions()
@@ -68,15 +69,9 @@ class OnnxRunner:
         return {INPUT: images if self.input_kind == "uint8" else nchw(images)}
 
     def _run(self, session: Any, outputs: list[str], images: np.ndarray) -> list[np.ndarray]:
-        """All images, in calls of the file's own batch where it has a fixed one."""
-        size = self._batch or max(1, min(len(images), 64))
-        rest = -len(images) % size if self._batch else 0
-        padded = np.concatenate([images, np.repeat(images[-1:], rest, axis=0)]) if rest else images
-        pieces = [
-            session.run(outputs, self._feed(padded[i : i + size]))
-            for i in range(0, len(padded), size)
-        ]
-        return [np.concatenate(parts)[: len(images)] for parts in zip(*pieces, strict=True)]
+        return in_batches(
+            lambda some: session.run(outputs, self._feed(some)), images, self.fixed_batch
+        )
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits `[B, K]` of images `[B, H, W, C]`, normalised or raw as `input_kind` says."""

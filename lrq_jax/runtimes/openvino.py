@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from lrq_jax.runtimes.batches import in_batches
 from lrq_jax.runtimes.onnx_runtime import nchw
 from lrq_jax.writers.extras import require
 
@@ -29,11 +30,17 @@ class OpenVinoRunner:
         if threads:
             settings["INFERENCE_NUM_THREADS"] = str(threads)
         self._compiled = openvino.Core().compile_model(str(model), "CPU", settings)
-        element = str(self._compiled.input(0).get_element_type())
+        image = self._compiled.input(0)
+        size = image.get_partial_shape()[0]
+        self.fixed_batch = size.get_length() if size.is_static else None
+        element = str(image.get_element_type())
         self.input_kind = "uint8" if "u8" in element or "uint8" in element else "float"
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits `[B, K]` of images `[B, H, W, C]`, normalised or raw as `input_kind` says."""
+        return in_batches(self._run, images, self.fixed_batch)
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
         fed = images if self.input_kind == "uint8" else nchw(images)
         return np.asarray(self._compiled(fed)[0])
 

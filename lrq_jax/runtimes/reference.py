@@ -21,6 +21,7 @@ class Reference:
     exact: ClassVar[bool] = True
     input_kind = "float"
     version = jax.__version__
+    fixed_batch: int | None = None
 
     def __init__(self, student: Student, codes: dict[str, Any]) -> None:
         self.student = student

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from lrq_jax.data.pixels import normalise
 from lrq_jax.graph import INPUT
 from lrq_jax.passes import Student
 from lrq_jax.runtimes.base import Runner
+from lrq_jax.runtimes.batches import in_batches as in_batches
 
 HOSTILE_IMAGES = 64
 
@@ -81,11 +81,3 @@ def fed_to(runner: Runner, student: Student, codes: dict[str, Any], preprocessin
     if hostile:
         images = np.concatenate([images, hostile_codes(student, codes)])
     return images, images
-
-
-def in_batches(forward: Callable[[np.ndarray], np.ndarray], images: np.ndarray, size: int = 64) -> np.ndarray:  # fmt: skip
-    """`forward` on batches of one size (the last one padded), its results put together again."""
-    rest = -len(images) % size
-    padded = np.concatenate([images, np.repeat(images[-1:], rest, axis=0)])
-    pieces = [forward(padded[i : i + size]) for i in range(0, len(padded), size)]
-    return np.concatenate(pieces)[: len(images)]
