@@ -1,11 +1,13 @@
-"""Runtimes take any number of images, whatever number their file is fixed to."""
+"""Runtimes take any number of images, whatever number their file is fixed to, and name damaged files."""
+
+import shutil
 
 import numpy as np
 import pytest
 from small_networks import random_images
 from test_export import finished_run
 
-from lrq_jax import export
+from lrq_jax import export, verify
 from lrq_jax.runtimes import Reference
 from lrq_jax.runtimes.batches import in_batches
 from lrq_jax.runtimes.jax_exported import JaxExportRunner
@@ -84,3 +86,25 @@ def test_images_that_fit_are_not_copied():
         in_batches(lambda some: fed.append(some) or some, images, size)
     assert [len(some) for some in fed] == [6, 6, 3, 3]
     assert all(np.shares_memory(some, images) for some in fed)
+
+
+@EACH_RUNNER
+@pytest.mark.parametrize("share", [0, 0.5, 0.95])
+def test_a_cut_file_is_named(runner, share, exports, tmp_path):
+    if runner is OpenVinoRunner:
+        pytest.importorskip("openvino")
+    path = tmp_path / RUNNERS[runner]
+    content = (exports[None] / path.name).read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"lrq_jax\.export") as caught:
+        runner(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_verify_fails_a_cut_file_in_openvino(exports, tmp_path, capsys):
+    pytest.importorskip("openvino")
+    shutil.copytree(exports[None], tmp_path / "out")
+    path = tmp_path / "out" / FILES["onnx"]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert verify.main([str(tmp_path / "out"), "--runtime", "openvino"]) == 1
+    assert f"FAILED  openvino: {path}: OpenVINO" in capsys.readouterr().out

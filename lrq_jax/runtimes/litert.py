@@ -97,7 +97,12 @@ class LiteRTModel:
 
 
 class LiteRTRunner:
-    """The interface of all runtimes over `LiteRTModel`."""
+    """The interface of all runtimes over `LiteRTModel`.
+
+    Raises:
+      ImportError: ai-edge-litert is missing; names the extra.
+      ValueError: it cannot load the file.
+    """
 
     name: ClassVar[str] = "litert"
     exact: ClassVar[bool] = True
@@ -109,7 +114,9 @@ class LiteRTRunner:
         except ImportError:
             raise
         except Exception as error:  # flatbuffers and the runtime raise classes of their own
-            raise ValueError(f"{self._file.name}: LiteRT cannot load it: {error}") from error
+            raise ValueError(
+                f"{file}: LiteRT cannot load it ({error}), expected a file written by lrq_jax.export"
+            ) from error
         self.input_kind = self._model.input_kind
         self.fixed_batch = self._model.metadata.get("options", {}).get("batch")  # as exported
         self.version = importlib.metadata.version("ai-edge-litert")

@@ -42,6 +42,7 @@ class OnnxRunner:
         self._ort = require("onnxruntime", extra="onnx")
         self._wide_pairs = wide_pairs
         self.version = self._ort.__version__
+        self._place = "the ONNX file" if isinstance(model, bytes) else model
         self._model = model if isinstance(model, bytes) else Path(model).read_bytes()
         self._threads = threads
         self._session = self._load(self._model)
@@ -61,8 +62,8 @@ class OnnxRunner:
             return self._ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class
             raise ValueError(
-                f"ONNX Runtime {self.version} cannot load the file: {error}; expected a model "
-                "written by lrq_jax.export"
+                f"{self._place}: ONNX Runtime {self.version} cannot load it ({error}), expected a "
+                "model written by lrq_jax.export"
             ) from error
 
     def _feed(self, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ class OpenVinoRunner:
 
     Raises:
       ImportError: openvino is missing; names the extra.
+      ValueError: it cannot load the file.
     """
 
     name: ClassVar[str] = "openvino"
@@ -29,7 +30,13 @@ class OpenVinoRunner:
         settings = {"INFERENCE_PRECISION_HINT": "f32"}  # it would take bfloat16 by itself
         if threads:
             settings["INFERENCE_NUM_THREADS"] = str(threads)
-        self._compiled = openvino.Core().compile_model(str(model), "CPU", settings)
+        try:
+            self._compiled = openvino.Core().compile_model(str(model), "CPU", settings)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{model}: OpenVINO {self.version} cannot load it ({' '.join(str(error).split())}), "
+                "expected a model written by lrq_jax.export"
+            ) from error
         image = self._compiled.input(0)
         size = image.get_partial_shape()[0]
         self.fixed_batch = size.get_length() if size.is_static else None
