@@ -4,14 +4,15 @@
 
 The float twin is the same network in float32 with folded batch norms. Calls of both alternate, so
 that whatever else the machine does slows both; medians and quartiles are shown, and the ratio of
-each alternating pair. The census counts the operators of the graph ONNX Runtime made of its file.
+each alternating pair. An export of a fixed batch is timed at that, others at 1 and 32 images a call.
+The census counts the operators of the graph ONNX Runtime made of its file. Of ONNX Runtime and LiteRT,
+taken where their files are, one whose package is missing is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import sys
 import tempfile
@@ -38,8 +39,8 @@ from lrq_jax.writers.targets import FILES, STUDENT
 from lrq_jax.writers.tflite_float import tflite_float_twin
 
 
-def _onnx_twin(student: Student, codes: dict[str, Any]) -> bytes:
-    return onnx_float_twin(student, codes).SerializeToString()
+def _onnx_twin(student: Student, codes: dict[str, Any], **fixed: int) -> bytes:
+    return onnx_float_twin(student, codes, **fixed).SerializeToString()
 
 
 RUNTIMES: dict[str, tuple[str, Callable[..., Runner], Callable[..., bytes], str]] = {
@@ -48,6 +49,9 @@ RUNTIMES: dict[str, tuple[str, Callable[..., Runner], Callable[..., bytes], str]
     OpenVinoRunner.name: (FILES["onnx"], OpenVinoRunner, _onnx_twin, "openvino"),
 }
 """Runtime -> (file it runs, runner, writer of the float twin, package)."""
+
+BATCHES = (1, 32)
+"""Images a call, of exports that take any number."""
 
 SECONDS, PAIRS = 4.0, (11, 301)
 """Each comparison runs about so long, within these numbers of alternating pairs."""
@@ -85,23 +89,29 @@ def compare(float32: Callable[[], Any], integer: Callable[[], Any]) -> tuple[np.
     return seconds[0], seconds[1]
 
 
-def bench(directory: str | Path, *, batches: tuple[int, ...] = (1, 32), threads: int = 1,
+def bench(directory: str | Path, *, batches: tuple[int, ...] | None = None, threads: int = 1,
           runtimes: tuple[str, ...] | None = None) -> dict[str, Any]:  # fmt: skip
     """Timings, operator census, file sizes and the machine they were measured on.
 
     Args:
       directory: an export.
-      batches: images a call.
+      batches: images a call; None takes the export's fixed batch, or `BATCHES`.
       threads: of each runtime.
-      runtimes: keys of `RUNTIMES`; None takes ONNX Runtime and LiteRT where their files are there.
+      runtimes: keys of `RUNTIMES`; None takes ONNX Runtime and LiteRT where their files are there,
+        and leaves out one whose package is missing.
+
+    Returns:
+      JSON-ready. Census and layers counted in it are None where ONNX Runtime is not timed; `untimed`
+      says why a runtime was left out.
 
     Raises:
       FileNotFoundError: no export there, or no file for a runtime asked for.
-      ValueError: an unknown runtime.
-      ImportError: a runtime is missing; names the extra.
+      ValueError: an unknown runtime, a damaged file, or batches other than the export's fixed one.
+      ImportError: the package of a runtime asked for is missing, or of all; names the extra.
     """
     directory = Path(directory)
     student, codes, preprocessing = load_student(directory / STUDENT)
+    asked = runtimes is not None
     if runtimes is None:
         wanted = (OnnxRunner.name, LiteRTRunner.name)
         runtimes = tuple(name for name in wanted if (directory / RUNTIMES[name][0]).exists())
@@ -113,7 +123,7 @@ def bench(directory: str | Path, *, batches: tuple[int, ...] = (1, 32), threads:
     unknown = [name for name in runtimes if name not in RUNTIMES]
     if unknown or not runtimes:
         raise ValueError(f"runtime: found {unknown or 'none'}, expected some of {list(RUNTIMES)}")
-    timings, sizes = [], {}
+    plan, untimed, sizes, versions = {}, {}, {}, {}
     for name in runtimes:
         path = directory / RUNTIMES[name][0]
         if not path.exists():
@@ -121,29 +131,60 @@ def bench(directory: str | Path, *, batches: tuple[int, ...] = (1, 32), threads:
                 f"runtime {name}: found no {path.name} in {str(directory)!r}, expected one; export "
                 "it with --targets"
             )
-        twin = RUNTIMES[name][2](student, codes)
+        _, runner, write_twin, package = RUNTIMES[name]
+        try:
+            loaded = runner(path, threads=threads)
+            fixed = {"batch": loaded.fixed_batch} if loaded.fixed_batch else {}
+            twin = write_twin(student, codes, **fixed)
+        except ImportError as error:
+            if asked:
+                raise
+            untimed[name] = str(error)
+            continue
+        plan[name] = path, twin, _batches(path, loaded.fixed_batch, batches)
         sizes[path.name] = {"integer": path.stat().st_size, "float32": len(twin)}
-        for batch in batches:
+        versions[package] = loaded.version
+    if not plan:
+        raise ImportError(f"found no runtime to time, expected one: {'; '.join(untimed.values())}")
+    timings = []
+    for name, (path, twin, counts) in plan.items():
+        for batch in counts:
             pixels = synthetic_pixels(student.graph.input_shape, batch)
             fed = pixels, normalise(pixels, preprocessing)
             seconds = _seconds(name, path, twin, fed, threads)
             timings.append(_timing(name, batch, threads, *seconds))
-    onnx = directory / FILES["onnx"]
-    census = OnnxRunner(onnx, threads=threads).census() if onnx.name in sizes else {}
+    census = None
+    if OnnxRunner.name in plan:
+        census = OnnxRunner(directory / FILES["onnx"], threads=threads).census()
     return {
         "network": student.graph.name,
         "weight_bits": student.spec.weight_bits,
         "act_bits": student.spec.act_bits,
         "timings": [dataclasses.asdict(timing) for timing in timings],
         "census": census,
-        "integer_layers": sum(census.get(kind, 0) for kind in INTEGER_OPERATORS),
-        "float_layers": sum(census.get(kind, 0) for kind in FLOAT_OPERATORS),
+        "integer_layers": _layers(census, INTEGER_OPERATORS),
+        "float_layers": _layers(census, FLOAT_OPERATORS),
         "bytes": sizes,
         "machine": machine(),
-        "versions": {
-            RUNTIMES[name][3]: importlib.metadata.version(RUNTIMES[name][3]) for name in runtimes
-        },
+        "versions": versions,
+        "untimed": untimed,
     }
+
+
+def _batches(path: Path, fixed: int | None, batches: tuple[int, ...] | None) -> tuple[int, ...]:
+    """What to time a file at; padded calls would be timed as if all their images were asked for."""
+    if fixed is None:
+        return batches or BATCHES
+    if batches not in (None, (fixed,)):
+        raise ValueError(
+            f"batches: found {list(batches)}, expected [{fixed}], as {path.name} was exported with "
+            f"--batch {fixed}; leave them out, or export with --batch dynamic"
+        )
+    return (fixed,)
+
+
+def _layers(census: dict[str, int] | None, kinds: tuple[str, ...]) -> int | None:
+    return None if census is None else sum(census.get(kind, 0) for kind in kinds)
 
 
 def _seconds(name: str, path: Path, twin: bytes, fed: tuple[np.ndarray, np.ndarray],
@@ -186,8 +227,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['network']} W{result['weight_bits']}A{result['act_bits']} on "
         f"{result['machine']['processor']} ({' '.join(result['machine']['features'])})",
-        f"{'runtime':<14}{'batch':>6}{'threads':>8}  {'float32 ms (quartiles)':<28}"
-        f"{'integer ms (quartiles)':<28}{'speed-up':>8}",
+        f"{'runtime':<14}{'batch':>6}{'threads':>8}  {'float32 ms (quartiles)':<34}"
+        f"{'integer ms (quartiles)':<34}{'speed-up':>8}",
     ]
     for row in result["timings"]:
         cells = [
@@ -195,8 +236,8 @@ def table(result: dict[str, Any]) -> str:
             for low, median, high in (row["float32"], row["integer"])
         ]
         lines.append(
-            f"{row['runtime']:<14}{row['batch']:>6}{row['threads']:>8}  {cells[0]:<28}"
-            f"{cells[1]:<28}{row['speedup']:>7.2f}x"
+            f"{row['runtime']:<14}{row['batch']:>6}{row['threads']:>8}  {cells[0]:<34}"
+            f"{cells[1]:<34}{row['speedup']:>7.2f}x"
         )
     if result["census"]:
         lines.append(
@@ -207,6 +248,7 @@ def table(result: dict[str, Any]) -> str:
         f"{name}: {sizes['integer']:,} bytes, float32 {sizes['float32']:,}"
         for name, sizes in result["bytes"].items()
     ]
+    lines += [f"{name}: not timed: {why}" for name, why in result["untimed"].items()]
     return "\n".join(lines)
 
 
@@ -232,7 +274,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", help="of lrq_jax.export")
-    parser.add_argument("--batch", default="1,32", help="images a call, comma-separated")
+    parser.add_argument(
+        "--batch", help="images a call, comma-separated; default: the export's fixed batch, or 1,32"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--runtime", help=f"some of {','.join(RUNTIMES)}; default: the exact ones with a file"
@@ -258,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = bench(
             options.directory,
-            batches=_numbers(options.batch),
+            batches=None if options.batch is None else _numbers(options.batch),
             threads=options.threads,
             runtimes=tuple(options.runtime.split(",")) if options.runtime else None,
         )
