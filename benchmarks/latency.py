@@ -26,7 +26,15 @@ from lrq_jax.report_file import REPORT
 from lrq_jax.writers.codes import save_student
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
-NAMES = ("ResNet-20", "MobileNetV2 x0.5", "resnet18 64px", "resnet50 64px")
+NAMES = (
+    "ResNet-20",
+    "MobileNetV2 x0.5",
+    "mobilenet_v2 224px",
+    "resnet18 64px",
+    "resnet50 64px",
+    "resnet18 224px",
+    "resnet50 224px",
+)
 
 
 def exported(subject: Subject, directory: Path) -> Path:
