@@ -198,7 +198,7 @@ def fast(*, large_images: bool) -> Preset:
         ce_weight=0.0,
         temperature=4.0,
         student_optimizer="adam",
-        student_learning_rate=5e-4,
+        student_learning_rate=2e-4,
         student_schedule="cosine",
         student_weight_decay=0.0,
         augmentation="crop_flip" if large_images else "shift_flip",
@@ -229,7 +229,7 @@ def best(*, large_images: bool) -> Preset:
     """Ours, for a GPU-hour: `fast` with more of everything, on a student rebuilt block by block.
 
     2,048 images of 1,000 iterations each; AdaRound with QDrop, whose choices distillation then
-    starts from, at a fifth of `fast`'s rate, and a running average of the weights. Constants are
+    starts from, at half of `fast`'s rate, and a running average of the weights. Constants are
     ours, sized by counting operations [open]: nothing of it was measured yet.
     """
     base = fast(large_images=large_images)
