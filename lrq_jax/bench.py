@@ -145,7 +145,7 @@ def bench(directory: str | Path, *, batches: tuple[int, ...] | None = None, thre
         sizes[path.name] = {"integer": path.stat().st_size, "float32": len(twin)}
         versions[package] = loaded.version
     if not plan:
-        raise ImportError(f"found no runtime to time, expected one: {'; '.join(untimed.values())}")
+        raise ImportError("; ".join([*untimed.values(), "no runtime is left to time"]))
     timings = []
     for name, (path, twin, counts) in plan.items():
         for batch in counts:
