@@ -80,7 +80,7 @@ def test_it_shows_the_device_the_images_and_the_accuracy(executed):
 def test_it_exports_proves_and_runs_onnx(executed):
     cwd, cells = executed
     text, _ = output_of(cells, "result.export")
-    assert len(re.findall(r"^ok ", text, re.MULTILINE)) == 2
+    assert len(re.findall(r"^ok ", text, re.MULTILINE)) == 3  # codes, answers, report
     report = json.loads((cwd / "runs" / "digits" / "report.json").read_text())
     accuracy = f"ONNX Runtime: {report['student']['top1']:.2f} % of 500 digits"
     assert accuracy in output_of(cells, "session.run")[0]
