@@ -9,15 +9,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from lrq_jax import losses
+from lrq_jax.passes.float_forward import Variables
 from lrq_jax.quantize import Job
-from lrq_jax.training import steps
-from lrq_jax.training.compilation import compile_step, put_replicated, steps_per_dispatch
+from lrq_jax.training import noise_steps, steps
+from lrq_jax.training.compilation import (
+    StepFunction,
+    compile_step,
+    program_bytes,
+    put_replicated,
+    steps_per_dispatch,
+)
 from lrq_jax.training.loop import dispatches, phases
 from lrq_jax.training.reconstruction import reconstructed
 
 _CALLS = 3
-LONG_STEPS = 5_000
-"""A run of more steps than this on a CPU takes hours or days: worth an estimate first."""
+_LONG_STEPS = 5_000
+"""A run of more steps than this at 32 px on a CPU takes hours or days: worth an estimate first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,15 +54,17 @@ class PhaseEstimate:
 
 
 def estimate(job: Job) -> tuple[PhaseEstimate, ...]:
-    """Compiles each phase's step and runs it three times; nothing is written.
+    """Compiles each phase's step and calls it three times; nothing is written.
 
-    Phases that train on noise images are timed on a pool of zeros. Making the pool and learning the
-    rounding of weights on it are not counted.
+    The images' own optimisation, where a method has it, is the first phase. Steps that train on
+    such images are timed on a pool of zeros. Learning the rounding of weights is not counted.
     """
     spec, mesh = job.spec, job.spec.mesh
     assert mesh is not None  # `prepare` makes one
     variables = put_replicated(job.teacher.variables, mesh)
-    found = []
+    found = (
+        [] if job.settings.pool_path or not spec.method.makes_pool else [_of_images(job, variables)]
+    )
     for phase in phases(spec):
         if phase.step is reconstructed:
             continue
@@ -67,39 +77,45 @@ def estimate(job: Job) -> tuple[PhaseEstimate, ...]:
             images = np.zeros((count, *job.teacher.graph.input_shape), np.float32)
             arguments += put_replicated((images, np.zeros(count, np.int32)), mesh)
         most = steps_per_dispatch(job.settings.steps_per_dispatch, mesh)
-        per_call = dispatches(phase, phase.start, most)[0]
-        clock = time.monotonic()
-        program = compile_step(phase.step, state, *arguments, mesh=mesh, count=per_call, spec=spec)
-        compiled = time.monotonic() - clock
-        fastest = float("inf")
-        for _ in range(_CALLS):
-            clock = time.monotonic()
-            state, _metrics = jax.block_until_ready(program(state, *arguments))
-            fastest = min(fastest, time.monotonic() - clock)
-        found.append(
-            PhaseEstimate(
-                name=phase.name,
-                steps=phase.stop - phase.start,
-                seconds_per_step=fastest / per_call,
-                compile_seconds=compiled,
-                bytes=_bytes(program),
-            )
-        )
+        count = dispatches(phase, phase.start, most)[0]
+        timed = _timed(phase.step, state, *arguments, job=job, count=count)
+        found.append(PhaseEstimate(name=phase.name, steps=phase.stop - phase.start, **timed))
     return tuple(found)
 
 
-def _bytes(program: Any) -> int | None:
-    """Memory of a compiled program, as its compiler counts it."""
-    try:
-        found = program.memory_analysis()
-    except (NotImplementedError, RuntimeError):  # not every backend counts
-        return None
-    if found is None:
-        return None
-    return int(
-        found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-    )  # fmt: skip
+def _of_images(job: Job, variables: Variables) -> PhaseEstimate:
+    """The optimisation of all batches of images from noise."""
+    spec, graph = job.spec, job.spec.graph
+    centers = losses.initial_centers(graph.num_classes, graph.shapes[graph.features][0])
+    state = noise_steps.initial_noise(spec, jax.random.key(job.settings.seed), centers)
+    state = put_replicated(state, spec.mesh)
+    return PhaseEstimate(
+        name="image synthesis",
+        steps=spec.method.noise_batches * spec.method.noise_iterations,
+        **_timed(noise_steps.noise_step, state, variables, job=job, count=1),
+    )
+
+
+def _timed(step: StepFunction, state: Any, *arguments: Any, job: Job, count: int) -> dict[str, Any]:
+    """Of `count` steps in one program: a step's seconds, and the program's seconds and bytes."""
+    clock = time.monotonic()
+    program = compile_step(step, state, *arguments, mesh=job.spec.mesh, count=count, spec=job.spec)
+    compiled = time.monotonic() - clock
+    fastest = float("inf")
+    for _ in range(_CALLS):
+        clock = time.monotonic()
+        state, _metrics = jax.block_until_ready(program(state, *arguments))
+        fastest = min(fastest, time.monotonic() - clock)
+    return {
+        "seconds_per_step": fastest / count,
+        "compile_seconds": compiled,
+        "bytes": program_bytes(program),
+    }
+
+
+def is_long(steps: int, height: int, width: int) -> bool:
+    """Whether so many steps on images of so many pixels are hours on a CPU."""
+    return steps * height * width > _LONG_STEPS * 32 * 32
 
 
 def describe(found: tuple[PhaseEstimate, ...]) -> str:
@@ -116,8 +132,7 @@ def describe(found: tuple[PhaseEstimate, ...]) -> str:
     return "\n".join(
         [
             *lines,
-            f"in all about {total}{memory}; evaluation, noise images and "
-            "learned rounding come on top",
+            f"in all about {total}{memory}; evaluation and learned rounding come on top",
         ]
     )
 

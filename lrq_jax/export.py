@@ -36,7 +36,7 @@ from lrq_jax.exported import CARD, FORMAT, contents, hashes, record, sizes
 from lrq_jax.report_file import REPORT, read_object, read_report, write_json
 from lrq_jax.verify import verify
 from lrq_jax.writers.codes import load_student
-from lrq_jax.writers.model_card import missing_fields, model_card
+from lrq_jax.writers.model_card import model_card
 from lrq_jax.writers.onnx_model import INPUTS, WEIGHT_STORAGES, require_integer
 from lrq_jax.writers.targets import FILES, STUDENT, TARGETS, target_bytes
 
@@ -73,12 +73,6 @@ def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] =
     require_integer(student)
     check_out(out, run, overwrite)
     about = read_report(run)
-    if lacking := missing_fields(about):
-        raise ValueError(
-            f"{run / REPORT}: found no {', '.join(lacking)}, expected the report of a finished run; "
-            f"remove it and python -m lrq_jax.main --workdir={run}, with the run's own settings, "
-            "writes it again"
-        )
     options = {"weight_storage": weight_storage, "batch": batch, "input_kind": input_kind}
     report: dict[str, Any] = {
         "format": FORMAT,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lrq_jax.passes import Student
-from lrq_jax.report_file import REPORT, read_object, write_json
+from lrq_jax.report_file import REPORT, missing_fields, read_object, write_json
 from lrq_jax.writers.codes import load_student, student_sha256
-from lrq_jax.writers.model_card import missing_fields, model_card
+from lrq_jax.writers.model_card import model_card
 from lrq_jax.writers.tables import float32_bytes, is_portable, layer_table, tensor_table
 from lrq_jax.writers.targets import FILES, STUDENT
 

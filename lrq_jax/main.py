@@ -38,11 +38,11 @@ from ml_collections import config_flags
 from lrq_jax import config as embedded_config
 from lrq_jax.config import base_config, field_names, resolve
 from lrq_jax.console import be_silent, coloured, say
-from lrq_jax.estimate import LONG_STEPS, describe, estimate
+from lrq_jax.estimate import describe, estimate, is_long
 from lrq_jax.hints import accelerator_hint
 from lrq_jax.paths import cache_directory
 from lrq_jax.processes import is_first, join_processes
-from lrq_jax.quantize import load_eval_data, prepare, quantize, step_spec, summary
+from lrq_jax.quantize import Job, load_eval_data, prepare, quantize, step_spec, summary
 from lrq_jax.readers.store import load_teacher
 from lrq_jax.reference import fields_text, overview
 from lrq_jax.sharding import data_mesh
@@ -149,14 +149,16 @@ def _hint(message: str) -> str:
     return message
 
 
-def _tell_before(steps: int) -> None:
+def _tell_before(job: Job) -> None:
     """What is better known before a run than after it."""
     if hint := accelerator_hint(jax.default_backend()):
         say(coloured(f"careful: {hint}", "yellow"))
-    if steps > LONG_STEPS and jax.default_backend() == "cpu":
+    steps = job.spec.method.warmup_steps + job.spec.method.steps
+    height, width = job.teacher.graph.input_shape[:2]
+    if is_long(steps, height, width) and jax.default_backend() == "cpu":
         say(
-            f"{steps:,} steps are long for a CPU: the same command with --estimate measures how "
-            "long, --config.steps=400 is a short run"
+            f"{steps:,} steps at {height}x{width} pixels are long for a CPU: the same command with "
+            "--estimate measures how long; preset squant trains nothing"
         )
 
 
@@ -186,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
         job = prepare(teacher, settings, data, _WORKDIR.value)
     except (ValueError, OSError, ImportError) as error:
         _exit(REFUSED, _hint(str(error)))
-    _tell_before(settings.method.warmup_steps + settings.method.steps)
+    _tell_before(job)
     try:
         report = quantize(job)
     except TrainingDiverged as error:

@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 CONFIG, REPORT = "config.json", "report.json"
+_RUN = ("network", "weight_bits", "act_bits", "policy", "preset", "steps", "seed", "images",
+        "data", "teacher", "student", "drop", "agreement", "settings", "versions",
+        "teacher_source", "teacher_sha256")  # fmt: skip
+"""What a run always reports and others read; the figures are null where nothing was measured."""
+
+
+def missing_fields(run: dict[str, Any]) -> list[str]:
+    """Fields that every run's report has and this one lacks."""
+    return [name for name in _RUN if name not in run]
 
 
 def temporary_path(path: Path) -> Path:
@@ -49,7 +58,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: no finished run there.
-      ValueError: its report cannot be read; names the file.
+      ValueError: its report cannot be read or lacks what every report has; names the file.
     """
     file = Path(path) / REPORT
     if not file.is_file():
@@ -62,4 +71,10 @@ def read_report(path: str | Path) -> dict[str, Any]:
     run = report.get("run", report)  # an export's report holds its run's
     if not isinstance(run, dict):
         raise ValueError(f"{file}: found {type(run).__name__} as 'run', expected a run's report")
+    if lacking := missing_fields(run):
+        raise ValueError(
+            f"{file}: found no {', '.join(lacking)}, expected the report of a finished run; "
+            f"remove it and python -m lrq_jax.main --workdir={path}, with the run's own settings, "
+            "writes it again"
+        )
     return run

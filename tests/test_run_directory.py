@@ -124,6 +124,7 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     ("[1]", "found a JSON list"),
     ("null", "found a JSON NoneType"),
     ('{"format": "lrq_jax export", "run": 3}', "found int as 'run'"),
+    ("{}", "found no network, weight_bits"),
 ])  # fmt: skip
 def test_a_damaged_report_is_named(text, found, tmp_path):
     (tmp_path / "report.json").write_bytes(text.encode("latin-1"))

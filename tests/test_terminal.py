@@ -17,7 +17,7 @@ from test_steps import tiny_settings, tiny_teacher
 
 from lrq_jax import api, bench, compare, console, evaluate, export, hints, reference, verify
 from lrq_jax.config import base_config, field_names, get_config, resolve, short_schedule
-from lrq_jax.estimate import PhaseEstimate, describe, duration, estimate
+from lrq_jax.estimate import PhaseEstimate, describe, duration, estimate, is_long
 from lrq_jax.networks import FAMILIES
 from lrq_jax.quantize import prepare
 from lrq_jax.reproduce import command
@@ -134,7 +134,25 @@ def test_an_estimate_leaves_learned_rounding_out(tmp_path):
     settings = tiny_settings(rounding="adaround", steps=0, warmup_steps=1, calibration_start=0)
     assert [
         phase.name for phase in estimate(prepare(tiny_teacher(), settings, None, tmp_path))
-    ] == ["calibration"]
+    ] == ["image synthesis", "calibration"]
+
+
+def test_an_estimate_counts_images_optimised_from_noise(tmp_path):
+    noise = {"images": "noise", "noise_batches": 3, "noise_iterations": 7, "noise_batch_size": 16}
+    settings = tiny_settings(steps=2, warmup_steps=2, calibration_start=0, **noise)
+    job = prepare(tiny_teacher(), settings, None, tmp_path / "run")
+    found = estimate(job)
+    assert found[0].name == "image synthesis"
+    assert found[0].steps == 21
+    taken = dataclasses.replace(settings, pool_path="earlier")
+    assert estimate(dataclasses.replace(job, settings=taken))[0].name != "image synthesis"
+
+
+@pytest.mark.parametrize(("side", "steps", "long"), [
+    (32, 5_000, False), (32, 5_001, True), (224, 102, False), (224, 103, True),
+])  # fmt: skip
+def test_pixels_count_in_what_is_long(side, steps, long):
+    assert is_long(steps, side, side) == long
 
 
 def test_an_estimate_sums_up():

@@ -55,6 +55,28 @@ def compile_step(step: StepFunction, state: Any, *arguments: Any, mesh: Mesh, co
     return jitted.lower(state, *arguments).compile()
 
 
+def program_bytes(program: Any) -> int | None:
+    """Memory of a compiled program on one device, as its compiler counts it: arguments, results
+    and temporaries; None where the backend does not say."""
+    try:
+        found = program.memory_analysis()
+    except (NotImplementedError, RuntimeError):  # not every backend counts
+        return None
+    if found is None:
+        return None
+    return int(
+        found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+    )  # fmt: skip
+
+
+def compiled_in(seconds: float, program: Any) -> str:
+    """How long a program took to compile and what it needs, for a person."""
+    found = program_bytes(program)
+    memory = "" if found is None else f"; it takes {found / 2**20:,.0f} MiB a device"
+    return f"compiled in {seconds:.1f} s{memory}"
+
+
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
     """Copies of host or device arrays on every device of the mesh."""
     return jax.tree.map(lambda x: jax.device_put(jnp.asarray(x), replicated(mesh)), tree)

@@ -20,7 +20,12 @@ from lrq_jax.readers.teacher import Teacher
 from lrq_jax.run_directory import RunDirectory
 from lrq_jax.synthesis.generator import generate
 from lrq_jax.training import steps
-from lrq_jax.training.compilation import compile_step, put_replicated, steps_per_dispatch
+from lrq_jax.training.compilation import (
+    compile_step,
+    compiled_in,
+    put_replicated,
+    steps_per_dispatch,
+)
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.noise_pool import Pool, synthesize_pool
 from lrq_jax.training.real_pool import read_pool
@@ -195,7 +200,7 @@ class TrainingLoop:
         program = compile_step(
             phase.step, state, *arguments, mesh=self._spec.mesh, count=count, spec=self._spec
         )
-        say(f"{phase.name}: compiled in {time.monotonic() - clock:.1f} s")
+        say(f"{phase.name}: {compiled_in(time.monotonic() - clock, program)}")
         self._add_time("compilation", clock)
         return program
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from lrq_jax.losses.margin import Centers
 from lrq_jax.processes import is_first, wait_for_all
 from lrq_jax.sharding import replicated
 from lrq_jax.training import noise_steps
-from lrq_jax.training.compilation import compile_step, put_replicated
+from lrq_jax.training.compilation import compile_step, compiled_in, put_replicated
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.noise_steps import NoiseState
 from lrq_jax.training.spec import StepSpec
@@ -131,8 +132,10 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
             state = noise_steps.initial_noise(spec, jax.random.fold_in(key, number), centers)
             state = put_replicated(state, mesh)
             if program is None:
+                clock = time.monotonic()
                 say("image synthesis: compiling the noise step ...")
                 program = compile_step(noise_steps.noise_step, state, teacher, mesh=mesh, spec=spec)
+                say(f"image synthesis: {compiled_in(time.monotonic() - clock, program)}")
             state = _optimise(program, state, teacher, number, spec)
             finished = jax.device_get((state.labels, *finish(state, teacher, spec=spec)))
             if not np.isfinite(finished[1]).all():  # losses are those before the last update

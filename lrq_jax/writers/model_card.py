@@ -7,15 +7,6 @@ from typing import Any
 
 from lrq_jax.data import Preprocessing
 
-_RUN = ("network", "weight_bits", "act_bits", "images", "teacher_source", "preset", "policy",
-        "steps", "seed", "versions")  # fmt: skip
-_MEASURED = ("data", "teacher", "student", "agreement")
-
-
-def missing_fields(run: dict[str, Any]) -> list[str]:
-    """Fields of a run's report that its card needs and it lacks."""
-    return [name for name in _RUN + _MEASURED * bool(run.get("images")) if name not in run]
-
 
 def model_card(report: dict[str, Any], preprocessing: Preprocessing) -> str:
     """Markdown text from an export's report."""
