@@ -38,8 +38,8 @@ COVERED = {
     r"ruff check \. && ruff format --check \. && mypy -p lrq_jax": ".ci/run",
     r"mkdocs build --strict": "test_the_site_is_built_without_a_network, .ci/run",
     r"python -m lrq_jax\.main.* --(list|fields|estimate)": "tests/test_terminal.py",
-    r"python -m lrq_jax\.main.*": "tests/test_main.py; flags parsed here",
-    r"python scripts/convert_teacher\.py .*": "tests/test_convert_teacher.py; flags parsed here",
+    r"python -m lrq_jax\.main.*": "tests/test_documented_runs.py; flags parsed here",
+    r"python scripts/convert_teacher\.py .*": "tests/test_documented_runs.py; flags parsed here",
     r"python scripts/run_experiments\.py .*": "flags parsed here",
     r"python scripts/check_onnx_families\.py .*": "by hand: it reads every network known",
     r"python scripts/make_docs\.py": "tests/test_terminal.py",
@@ -197,11 +197,16 @@ def test_the_site_is_built_without_a_network(tmp_path):
     assert json.loads((tmp_path / "site" / "search" / "search_index.json").read_text())["docs"]
 
 
-def test_readme_takes_a_pth_to_a_verified_onnx_file_in_four_commands():
+def four_commands():
+    """The README's way from a `.pth` to a verified ONNX file, a line each."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     section = text.partition("From a `.pth`")[2].partition("\n## ")[0]
     block = re.search(r"\n\n((?:    .*\n)+)", section)[1].replace("\\\n", " ")
-    lines = [line.strip() for line in block.splitlines()]
+    return [line.strip() for line in block.splitlines()]
+
+
+def test_readme_takes_a_pth_to_a_verified_onnx_file_in_four_commands():
+    lines = four_commands()
     assert len(lines) <= 4
     assert ".pth" in lines[1]
     assert [line.split()[2] for line in lines[1:]] == [
