@@ -4,9 +4,11 @@ What a command trains for hours is cut by flags behind its own; everything else 
 README's way from a `.pth` to a verified ONNX file is walked whole.
 """
 
+import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 
@@ -57,6 +59,16 @@ def clone(tmp_path):
     return tmp_path
 
 
+def alone():
+    """Variables of a job of one process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return {
+        "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"
+    }  # fmt: skip
+
+
 def run(line, cwd, *, quick=True):
     """Runs a documented line with this Python and returns its output; it must end well."""
     words = shlex.split(line)
@@ -70,6 +82,8 @@ def run(line, cwd, *, quick=True):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu",
                    "LRQ_CACHE": str(cwd / "cache")}  # fmt: skip
     environment.pop("XLA_FLAGS", None)  # one device, as on a person's computer
+    if "distributed" in line:
+        environment |= alone()
     if quick:
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     result = subprocess.run(
@@ -141,3 +155,40 @@ def test_conversions_run_as_they_are_written(line, clone):
         (clone / "teachers" / "r20_cifar10").mkdir(parents=True)
     assert "resnet20_cifar" in run(line, clone)
     assert (clone / "teachers" / "r20_cifar10").is_dir()
+
+
+def test_an_onnx_file_is_converted_as_it_is_written(clone):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from onnx_models import Model
+
+    model = Model()
+    pixels = model.op("Div", model.op("Sub", "image", 0.45), 0.25)  # else asked for: --mean, --std
+    features = model.op("Relu", model.batch_norm(model.conv(pixels, 8, 3), 8))
+    pooled = model.op("GlobalAveragePool", features)
+    model.save(clone / "model.onnx", model.head(pooled, 8))
+    (line,) = documented(r"python scripts/convert_teacher\.py .*model\.onnx")
+    assert "Traceback" not in run(line, clone)
+    assert (clone / "DIR").is_dir()
+
+
+def test_bits_are_given_to_layers_as_it_is_written(clone):
+    (line,) = documented(r"python scripts/allocate_bits\.py")
+    flag = run(line, clone).splitlines()[-1]
+    assert flag.startswith("--config.student.overrides=")
+    said = run(f"python -m lrq_jax.main --workdir=runs/mixed --config.steps=0 {flag}", clone)
+    assert "resnet8_cifar" in said
+    layers = json.loads((clone / "runs" / "mixed" / "report.json").read_text())["layers"]
+    found = {layer["layer"]: layer["weight_bits"] for layer in layers}
+    given = dict(re.findall(r"'(\w+)=w(\d)'", flag))
+    assert len(set(given.values())) > 1
+    assert found == {name: int(bits) for name, bits in given.items()}
+
+
+def test_a_suite_of_experiments_files_each_report_once(clone):
+    line = "python scripts/run_experiments.py --suite digits --out results --only 'ranges only'"
+    assert "W4A4 ranges only: drop" in run(line, clone)
+    assert not run(line, clone)  # the cell is there
+    (entry,) = (clone / "results" / "digits.jsonl").read_text().splitlines()
+    assert json.loads(entry)["cell"] == "W4A4 ranges only"
+    assert json.loads(entry)["student"]["top1"] > 50
