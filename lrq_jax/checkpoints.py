@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,32 @@ def local_checkpointer() -> ocp.StandardCheckpointer:
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file under a directory, by relative path."""
+    return {
+        file.relative_to(directory).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def check_files(directory: Path, hashes: dict[str, str]) -> None:
+    """Checks what orbax wrote before orbax reads it: a damaged file leaves exceptions behind in its
+    threads, which are printed long after the error.
+
+    Args:
+      directory: of the arrays.
+      hashes: what `file_hashes` gave when they were written.
+
+    Raises:
+      ValueError: a file is missing or another; names it.
+    """
+    found = file_hashes(directory)
+    damaged = [name for name, digest in hashes.items() if found.get(name) != digest]
+    if damaged:
+        raise ValueError(f"missing or changed files under {str(directory)!r}: {damaged[:6]}")
 
 
 class TrainingCheckpoints:

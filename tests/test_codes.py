@@ -246,7 +246,7 @@ DAMAGES = {
     ),
     "graph of numbers": (rewritten(lambda s: s["graph"].update(layers=[1])), "AttributeError"),
     "no codes": (lambda d: shutil.rmtree(d / "codes"), "codes: found no readable codes"),
-    "cut codes": (cut, "codes: found no readable codes"),
+    "cut codes": (cut, "codes: found no readable codes (missing or changed files"),
 }  # fmt: skip
 
 
@@ -259,6 +259,16 @@ def test_a_damaged_student_is_refused_by_file(damage, saved, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as refusal:
         load_student(directory)
     assert str(directory) in str(refusal.value)
+
+
+def test_a_student_of_an_earlier_version_has_no_hashes_of_its_files(saved, tmp_path):
+    directory = tmp_path / "student"
+    shutil.copytree(saved[0], directory)
+    (tmp_path / "student" / "codes" / "unknown").touch()  # of a tool that synchronises, say
+    _, codes, _ = load_student(directory)
+    rewritten(lambda description: description.pop("files"))(directory)
+    _, again, _ = load_student(directory)
+    assert student_sha256(directory, again) == student_sha256(saved[0], codes)
 
 
 @pytest.mark.parametrize(("place", "change"), [

@@ -305,6 +305,7 @@ def compilations_between_steps(monkeypatch):
                 found[step.__name__] = starts[-1] - starts[1]
             return program(*arguments)
 
+        call.memory_analysis = program.memory_analysis
         return call
 
     monkeypatch.setattr(loop, "compile_step", counting)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from lrq_jax.checkpoints import local_checkpointer
+from lrq_jax.checkpoints import check_files, file_hashes, local_checkpointer
 from lrq_jax.console import quiet_logging
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import Graph, graph_from_dict, graph_to_dict
@@ -140,7 +139,7 @@ def save_teacher(teacher: Teacher, directory: str | Path, *, overwrite: bool = F
         with quiet_logging(), local_checkpointer() as checkpointer:
             checkpointer.save(made / _VARIABLES, _filled(jax.device_get(teacher.variables)))
             checkpointer.wait_until_finished()
-        files = {"files": _file_hashes(made / _VARIABLES)}
+        files = {"files": file_hashes(made / _VARIABLES)}
         text = json.dumps(_metadata(teacher) | files, indent=1) + "\n"
         (made / _METADATA_FILE).write_text(text, encoding="utf-8")
         old = workspace / "old"
@@ -192,22 +191,10 @@ def load_teacher(path: str | Path) -> Teacher:
     return _teacher(metadata, read, str(path))
 
 
-def _file_hashes(path: Path) -> dict[str, str]:
-    """SHA-256 of every file under a directory, by relative path."""
-    return {
-        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
-
-
-def _restore(path: Path, graph: Graph, file_hashes: dict[str, str]) -> Variables:
-    """The arrays as numpy. Files and dtypes are checked before orbax sees them: it casts a wrong
-    dtype in silence, and a damaged file leaves exceptions behind in its threads."""
-    found_files = _file_hashes(path)
-    damaged = [name for name, digest in file_hashes.items() if found_files.get(name) != digest]
-    if damaged:
-        raise ValueError(f"missing or changed files under {str(path)!r}: {damaged[:6]}")
+def _restore(path: Path, graph: Graph, hashes: dict[str, str]) -> Variables:
+    """The arrays as numpy. Dtypes are checked before orbax sees them: it casts a wrong one in
+    silence."""
+    check_files(path, hashes)
     # An explicit sharding, so that the layout of the machine that saved them is never asked for.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(

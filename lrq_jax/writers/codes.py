@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrq_jax.checkpoints import local_checkpointer
+from lrq_jax.checkpoints import check_files, file_hashes, local_checkpointer
 from lrq_jax.console import quiet_logging
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import graph_from_dict, graph_to_dict
@@ -39,6 +39,8 @@ from lrq_jax.report_file import read_object
 
 FORMAT_VERSION = 1
 _DESCRIPTION, _ARRAYS = "student.json", "codes"
+_FILES = "files"
+"""Key of the description: hashes of the files of the arrays."""
 
 
 def student_codes(student: Student, variables: Variables) -> dict[str, Any]:
@@ -113,7 +115,8 @@ def save_student(directory: Path, student: Student, variables: Variables, *,
         with quiet_logging(), local_checkpointer() as checkpointer:
             checkpointer.save(made / _ARRAYS, codes)
             checkpointer.wait_until_finished()
-        text = json.dumps(description, indent=1) + "\n"
+        files = {_FILES: file_hashes(made / _ARRAYS)}
+        text = json.dumps(description | files, indent=1) + "\n"
         (made / _DESCRIPTION).write_text(text, encoding="utf-8")
         if directory.exists():
             os.replace(directory, workspace / "old")
@@ -163,7 +166,8 @@ def load_student(directory: str | Path) -> tuple[Student, dict[str, Any], Prepro
             f"({type(error).__name__}: {error}), expected the file as it was written; copy or "
             "make it again"
         ) from error
-    codes = _restored(directory / _ARRAYS)
+    # A student of an earlier version of lrq_jax has no hashes.
+    codes = _restored(directory / _ARRAYS, description.get(_FILES, {}))
     for place, shape in expected.items():
         found: Any = codes
         for name in place:
@@ -186,6 +190,7 @@ def student_sha256(directory: str | Path, codes: dict[str, Any]) -> str:
       codes: its arrays, of `load_student`.
     """
     description = read_object(Path(directory) / _DESCRIPTION)
+    description.pop(_FILES, None)
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for path, array in jax.tree_util.tree_leaves_with_path(codes):
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
@@ -211,10 +216,11 @@ def _shapes(student: Student) -> dict[tuple[str, ...], tuple[int, ...]]:
     return shapes
 
 
-def _restored(path: Path) -> dict[str, Any]:
+def _restored(path: Path, hashes: dict[str, str]) -> dict[str, Any]:
     """The arrays under `path`, on this machine's first device and then on the host."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
+        check_files(path, hashes)
         with quiet_logging(), local_checkpointer() as checkpointer:
             stored = checkpointer.metadata(path).item_metadata
             if stored is None:  # orbax says no more of files that are missing or cut short
