@@ -68,6 +68,7 @@ WINDOWS = {
     "7x7 dilation 3": ((7, 7), (1, 1), ((9, 9), (9, 9)), (3, 3)),
     "3x3 stride 2": ((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1)),
     "5x5 stride 2, rest left over": ((5, 5), (2, 2), NO_PADDING, (1, 1)),
+    "3x5 dilation 2x4": ((3, 5), (1, 1), ((2, 2), (8, 8)), (2, 4)),
     "TensorFlow's padding": ((3, 3), (2, 2), ((0, 1), (1, 0)), (1, 1)),
     "nothing symmetric": ((2, 4), (3, 1), ((0, 2), (5, 1)), (2, 1)),
     "padding beyond the reach": ((2, 3), (1, 2), ((4, 3), (0, 6)), (1, 1)),
@@ -75,17 +76,17 @@ WINDOWS = {
 }
 
 
-@pytest.fixture(params=["here", "elsewhere"])
+@pytest.fixture(params=["cpu", "cuda", "tpu"])
 def platform(request, monkeypatch):
-    """Both forms of whatever is chosen per platform, run on this machine."""
-    if request.param == "elsewhere":
+    """All forms of whatever is chosen per platform, run on this machine."""
+    if request.param != "cpu":
         chosen = []
 
-        def default_form(*arguments, cpu, default):
+        def other_form(*arguments, cpu, default, **others):
             chosen.append(cpu)
-            return default(*arguments)
+            return others.get(request.param, default)(*arguments)
 
-        monkeypatch.setattr(lax, "platform_dependent", default_form)
+        monkeypatch.setattr(lax, "platform_dependent", other_form)
         jax.clear_caches()  # of functions that were traced before
         yield request.param
         jax.clear_caches()
@@ -152,7 +153,7 @@ def test_depthwise_under_jit_and_vmap(rng):
 
 @pytest.mark.parametrize("target", ["cpu", "cuda", "tpu"])
 def test_each_platform_is_lowered_to_its_own_form(target):
-    """On the CPU no grouped convolution may be left; elsewhere it must be, and no loop."""
+    """All grouped convolutions are left on TPUs alone, dilated ones nowhere else, loops on CPUs."""
     window = ((1, 1), ((2, 2), (2, 2)), (1, 1))
 
     def depthwise_gradients(x, k):
@@ -162,11 +163,16 @@ def test_each_platform_is_lowered_to_its_own_form(target):
         return jax.grad(lambda x, k: jnp.sum(upsample_conv3x3(x, k) ** 2), (0, 1))(x, k)
 
     text = _lowered(depthwise_gradients, target, (2, 6, 6, 4), (5, 5, 1, 4))
-    if target == "cpu":
-        assert "stablehlo.convolution" not in text
-    else:
-        assert "stablehlo.convolution" in text
-        assert "stablehlo.while" not in text
+    expected = {"cpu": 0, "cuda": 1, "tpu": 3}[target]  # of a GPU the kernel's gradient
+    assert text.count("stablehlo.convolution") == expected
+    assert ("stablehlo.while" in text) == (target == "cpu")
+    window = ((1, 1), ((9, 9), (9, 9)), (3, 3))
+    text = _lowered(depthwise_gradients, target, (2, 6, 6, 4), (7, 7, 1, 4))
+    expected = {"cpu": 0, "cuda": 2, "tpu": 3}[target]  # of a GPU all but the kernel's gradient
+    assert text.count("stablehlo.convolution") == expected
+    assert (target == "tpu") == (
+        "rhs_dilation = array<i64: 3, 3>" in text or "rhs_dilate = [3, 3]" in text
+    )
 
     def convolution_gradients(x, k):
         return jax.grad(lambda x, k: jnp.sum(conv2d(x, k) ** 2), (0, 1))(x, k)
@@ -175,6 +181,11 @@ def test_each_platform_is_lowered_to_its_own_form(target):
     assert text.count("stablehlo.convolution") == (10 if target == "cpu" else 3)
     text = _lowered(upsample_gradients, target, (2, 6, 6, 4), (3, 3, 4, 4))
     assert text.count("stablehlo.convolution") == (0 if target == "cpu" else 3)
+    with jax.default_matmul_precision("highest"):
+        text = _lowered(upsample_gradients, target, (2, 6, 6, 4), (3, 3, 4, 4))
+    assert text.count("stablehlo.convolution") == (3 if target == "tpu" else 0)
+    text = _lowered(convolution_gradients, target, (2, 6, 6, 27), (3, 3, 27, 3))
+    assert text.count("stablehlo.convolution") == (0 if target == "cuda" else 3)
 
 
 # ---- upsampling --------------------------------------------------------------------------------
@@ -242,6 +253,10 @@ CONVOLUTIONS = {
     "groups": ((3, 3, 3, 4), {"groups": 2, "padding": ((1, 1), (1, 1))}),
     "depthwise": ((3, 3, 1, 6), {"groups": 6, "strides": (1, 2), "padding": ((0, 1), (1, 1))}),
     "two filters a channel": ((3, 3, 1, 12), {"groups": 6}),
+    "few features": ((2, 3, 6, 1), {}),
+    "few features padding": ((2, 1, 6, 3), {"padding": ((1, 0), (2, 3))}),
+    "few features strides": ((2, 1, 6, 3), {"strides": (1, 2)}),
+    "few features dilation": ((2, 1, 6, 3), {"dilation": (2, 1)}),
     "1x1": ((1, 1, 6, 4), {}),
     "1x1 strides": ((1, 1, 6, 4), {"strides": (2, 3)}),
     "1x1 padding": ((1, 1, 6, 4), {"padding": ((1, 2), (0, 3))}),
@@ -257,7 +272,9 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_conv2d_equals_the_definition_and_its_gradients_the_plain_ones(case, rng, naive_conv2d):
+def test_conv2d_equals_the_definition_and_its_gradients_the_plain_ones(
+    case, platform, rng, naive_conv2d
+):
     shape, settings = CONVOLUTIONS[case]
     x, kernel = _normal(rng, 2, 9, 8, 6), _normal(rng, *shape)
     weights = _normal(rng, 2, 1, 1, shape[3])

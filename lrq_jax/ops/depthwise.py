@@ -1,8 +1,10 @@
 """Depthwise convolution with its own gradient.
 
 On XLA CPU a grouped `conv_general_dilated` is 5-50 times slower than the same sum written as
-shifted products, and its kernel gradient slower still; elsewhere XLA's own is used. Both forms
-are chosen when a program is lowered, so one function serves every platform.
+shifted products, and its kernel gradient slower still. On GPUs cuDNN has no fast kernels for
+dilated ones: the kernel gradient of the attention's takes 40 times what sums of products do, the
+rest 4 times what it takes over every third row and column (H200, float32). On TPUs XLA's own is
+used. The forms are chosen when a program is lowered, so one function serves every platform.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lrq_jax.ops.by_platform import platform_form
 from lrq_jax.ops.divisors import largest_divisor
 
 CACHED_VALUES = 2**18
@@ -21,6 +24,8 @@ CACHED_VALUES = 2**18
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
+Gradients = tuple[jax.Array, jax.Array]
+"""To the images, to the kernel."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -36,12 +41,19 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padd
     Returns:
       `[B, H', W', C]`.
     """
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, kernel: shifted_products(x, kernel, strides, padding, dilation),
-        default=lambda x, kernel: _grouped(x, kernel, strides, padding, dilation),
-    )
+
+    def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return shifted_products(x, kernel, strides, padding, dilation)
+
+    def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _grouped(x, kernel, strides, padding, dilation)
+
+    def on_gpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if _is_dilated_inside(kernel.shape, strides, padding, dilation):
+            return _over_phases(x, kernel, dilation)
+        return shifted(x, kernel)
+
+    return platform_form(x, kernel, cpu=shifted, gpu=on_gpu, default=grouped)
 
 
 def _grouped(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding, dilation: Pair) -> jax.Array:  # fmt: skip
@@ -54,6 +66,30 @@ def _grouped(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding, d
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1],
     )
+
+
+def _is_dilated_inside(kernel_shape: tuple[int, ...], strides: Pair, padding: Padding,
+                       dilation: Pair) -> bool:  # fmt: skip
+    """Whether it is dilated and gives every pixel one of its own: what `_over_phases` can do."""
+    edges = tuple((d * (k // 2),) * 2 for d, k in zip(dilation, kernel_shape[:2], strict=True))
+    odd = all(size % 2 for size in kernel_shape[:2])
+    return odd and dilation != (1, 1) and strides == (1, 1) and padding == edges
+
+
+def _over_phases(x: jax.Array, kernel: jax.Array, dilation: Pair) -> jax.Array:
+    """A dilated convolution that keeps the size: pixels of one phase (row and column modulo the
+    dilation) see only each other, so that phases are images of a convolution without dilation."""
+    batch, height, width, channels = x.shape
+    d, e = dilation
+    rows, columns = -(-height // d), -(-width // e)
+    x = jnp.pad(x, ((0, 0), (0, rows * d - height), (0, columns * e - width), (0, 0)))
+    x = x.reshape(batch, rows, d, columns, e, channels).transpose(0, 2, 4, 1, 3, 5)
+    (top, left) = (size // 2 for size in kernel.shape[:2])
+    y = _grouped(
+        x.reshape(-1, rows, columns, channels), kernel, (1, 1), ((top, top), (left, left)), (1, 1)
+    )
+    y = y.reshape(batch, d, e, rows, columns, channels).transpose(0, 3, 1, 4, 2, 5)
+    return y.reshape(batch, rows * d, columns * e, channels)[:, :height, :width]
 
 
 def _pad(x: jax.Array, padding: Padding) -> jax.Array:
@@ -85,12 +121,17 @@ def shifted_products(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Pa
     """Sum over offsets of (shifted input * one tap per channel)."""
     # XLA would repeat whatever made the input (an exact GELU, say) at every offset.
     padded = lax.optimization_barrier(_pad(x, padding))
-    taps = kernel.reshape(-1, kernel.shape[3])
+    taps = _summable(kernel).reshape(-1, kernel.shape[3])
     total: Any = None
     for tap, window in enumerate(windows(padded, kernel.shape, strides, dilation)):
-        term = window * taps[tap]
+        term = _summable(window) * taps[tap]
         total = term if total is None else total + term
-    return total
+    return total.astype(x.dtype)
+
+
+def _summable(x: jax.Array) -> jax.Array:
+    """In a type whose sums of products do not lose what the products say."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _forward(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding,
@@ -100,17 +141,29 @@ def _forward(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding,
 
 def _backward(strides: Pair, padding: Padding, dilation: Pair,
               residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    def by_hand(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    window = (strides, padding, dilation)
+
+    def by_hand(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> Gradients:
         return (
-            _input_gradient(x.shape, kernel, grad, strides, padding, dilation),
-            _kernel_gradient(x, kernel.shape, grad, strides, padding, dilation),
+            _input_gradient(x.shape, kernel, grad, *window),
+            _kernel_gradient(x, kernel.shape, grad, *window),
         )
 
-    def by_xla(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pullback = jax.vjp(lambda x, k: _grouped(x, k, strides, padding, dilation), x, kernel)[1]
+    def by_xla(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> Gradients:
+        pullback = jax.vjp(lambda x, k: _grouped(x, k, *window), x, kernel)[1]
         return pullback(grad)
 
-    return lax.platform_dependent(*residuals, grad, cpu=by_hand, default=by_xla)
+    def on_gpu(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> Gradients:
+        if _is_dilated_inside(kernel.shape, *window):
+            to_x = _over_phases(grad, kernel[::-1, ::-1], dilation)
+        else:
+            to_x = _input_gradient(x.shape, kernel, grad, *window)
+        if dilation == (1, 1):
+            return to_x, by_xla(x, kernel, grad)[1]
+        return to_x, _kernel_gradient_by_taps(x, kernel.shape, grad, *window)
+
+    return platform_form(x, kernel, grad, cpu=by_hand, gpu=on_gpu, default=by_xla)
 
 
 def _input_gradient(shape: tuple[int, ...], kernel: jax.Array, grad: jax.Array, strides: Pair,
@@ -125,6 +178,17 @@ def _input_gradient(shape: tuple[int, ...], kernel: jax.Array, grad: jax.Array, 
     zero = jnp.zeros((), grad.dtype)
     grad = lax.pad(grad, zero, ((0, 0, 0), *edges, (0, 0, 0)))
     return shifted_products(grad, kernel[::-1, ::-1], (1, 1), ((0, 0), (0, 0)), dilation)
+
+
+def _kernel_gradient_by_taps(x: jax.Array, kernel_shape: tuple[int, ...], grad: jax.Array,
+                             strides: Pair, padding: Padding, dilation: Pair) -> jax.Array:  # fmt: skip
+    """Per offset, the sum of (shifted input * gradient) over all pixels."""
+    grad = _summable(grad)
+    taps = [
+        jnp.sum(_summable(window) * grad, (0, 1, 2))
+        for window in windows(_pad(x, padding), kernel_shape, strides, dilation)
+    ]
+    return jnp.stack(taps).reshape(*kernel_shape[:2], 1, -1).astype(x.dtype)
 
 
 def _kernel_gradient(x: jax.Array, kernel_shape: tuple[int, ...], grad: jax.Array, strides: Pair,

@@ -9,6 +9,8 @@ from jax import lax
 from lrq_jax.ops.by_platform import by_platform
 from lrq_jax.ops.convolution import conv2d
 
+_PRECISION = "jax_default_matmul_precision"
+
 
 def upsample_nearest(x: jax.Array) -> jax.Array:
     """Doubles height and width by repetition: `[B, H, W, C]` to `[B, 2H, 2W, C]`."""
@@ -19,8 +21,9 @@ def upsample_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`conv2d(upsample_nearest(x), kernel, padding 1)` with 2.25 to 4 times fewer products.
 
     An output pixel of one parity sees only 2x2 distinct input pixels. On CPU nine matrix products
-    a pixel of the small map make its four outputs (`_by_differences`), elsewhere one convolution
-    (`_by_phases`).
+    a pixel of the small map make its four outputs (`_by_differences`), on TPU one convolution does
+    (`_by_phases`). GPUs multiply faster than they move arrays unless products are to be exact
+    float32: nine products there too, and the plain convolution in every other precision.
 
     Args:
       x: `[B, H, W, C]`.
@@ -29,7 +32,13 @@ def upsample_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       `[B, 2H, 2W, F]`.
     """
-    return by_platform(cpu=_by_differences, default=_by_phases)(x, kernel)
+    exact = x.dtype == jnp.float32 and getattr(jax.config, _PRECISION) == "highest"
+    gpu = _by_differences if exact else _plainly
+    return by_platform(cpu=_by_differences, gpu=gpu, default=_by_phases)(x, kernel)
+
+
+def _plainly(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return conv2d(upsample_nearest(x), kernel, padding=((1, 1), (1, 1)))
 
 
 def _by_phases(x: jax.Array, kernel: jax.Array) -> jax.Array:
