@@ -31,6 +31,11 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+from lrq_jax.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before what takes seconds to import
+
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags

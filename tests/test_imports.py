@@ -17,7 +17,17 @@ PACKAGE = REPOSITORY / "lrq_jax"
 # the top of lrq_jax stands in exactly one row.
 ORDER = (
     ("__init__",),
-    ("ops", "graph", "sharding", "processes", "console", "paths", "hints", "report_file"),
+    (
+        "ops",
+        "graph",
+        "sharding",
+        "processes",
+        "console",
+        "paths",
+        "hints",
+        "huge_pages",
+        "report_file",
+    ),
     ("quantizers", "networks", "data"),
     ("passes", "losses", "synthesis", "checkpoints"),
     ("readers", "method", "resources"),
@@ -43,6 +53,7 @@ INDEPENDENT = {
     "console",
     "paths",
     "hints",
+    "huge_pages",
     "report_file",
     "losses",
     "synthesis",
