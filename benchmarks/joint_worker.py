@@ -144,16 +144,16 @@ def our_side(case: Case, exchange: Path) -> Side:
     }
     side = jnp.ones((MATMUL_SIDE, MATMUL_SIDE))
     product = jax.jit(jnp.matmul)
-    memory = programs["joint"].memory_analysis()
+    memory, on_cpu = programs["joint"].memory_analysis(), jax.default_backend() == "cpu"
     description = {
         "versions": {"jax": jax.__version__},
         "device": f"{jax.devices()[0].device_kind}, {jax.default_backend()}",
         "compile_seconds": seconds,
-        "flops": programs["joint"].cost_analysis()["flops"],
+        "flops": programs["joint"].cost_analysis()["flops"] if on_cpu else None,
         "matmul_flops": _matmul(lambda: jax.block_until_ready(product(side, side))),
         "program_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
     }
-    if jax.default_backend() == "cpu":
+    if on_cpu:
         return description, parts, _peak_of_process
     return description, parts, lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
