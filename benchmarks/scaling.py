@@ -2,11 +2,12 @@
 
     python benchmarks/scaling.py collectives --network resnet20_cifar --batch 200 --devices 8
     python benchmarks/scaling.py growth --out results/growth.jsonl
+    python benchmarks/scaling.py growth --repeats 0 --network resnet50 --side 224 --batches 8 16 --sides
 
 `collectives` compiles the step for simulated devices and counts what its program sends: simulated
 devices share one processor, so their speed says nothing, but the program is the one that real ones
 would run. `growth` times the step, and asks the compiler for its memory, at four batch sizes and at
-four image sizes.
+four image sizes; without repeats it only compiles.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ def count_collectives(program: str) -> dict[str, tuple[int, int]]:
     return {kind: (number[kind], size[kind]) for kind in number}
 
 
-def compiled_step(network: str, batch: int, devices: int, side: int | None = None) -> tuple[Any, ...]:  # fmt: skip
-    """The joint step of preset `lrq` with random weights: program, its first state, variables."""
+def compiled_step(network: str, batch: int, devices: int, side: int | None = None,
+                  resources: tuple[str, str] = ("float32", "none")) -> tuple[Any, ...]:  # fmt: skip
+    """The joint step of preset `lrq` with random weights: program, its first state, variables.
+    `resources`: precision and rematerialisation, as the config's fields."""
     import jax
     from joint_worker import random_variables
 
@@ -57,6 +60,7 @@ def compiled_step(network: str, batch: int, devices: int, side: int | None = Non
     graph = build_network(network, **settings)
     config = base_config()
     config.method.batch_size = batch
+    config.precision, config.rematerialize = resources
     teacher = Teacher(
         graph=graph,
         variables=random_variables(graph),
@@ -85,14 +89,15 @@ def collectives(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def growth_point(network: str, batch: int, side: int, repeats: int) -> dict[str, Any]:
-    """Seconds of a step (median) and the bytes its program holds."""
+def growth_point(network: str, batch: int, side: int | None, repeats: int,
+                 resources: tuple[str, str]) -> dict[str, Any]:  # fmt: skip
+    """Seconds of a step (median, none without repeats) and the bytes its program holds."""
     import jax
 
-    program, state, variables = compiled_step(network, batch, 1, side)
+    program, state, variables = compiled_step(network, batch, 1, side, resources)
     memory = program.memory_analysis()
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 1 if repeats else 0):
         clock = time.perf_counter()
         state, metrics = program(state, variables)
         jax.block_until_ready((state, metrics))
@@ -101,8 +106,10 @@ def growth_point(network: str, batch: int, side: int, repeats: int) -> dict[str,
         "network": network,
         "batch": batch,
         "side": side,
-        "seconds": round(statistics.median(seconds[1:]), 4),
-        "seconds_min": round(min(seconds[1:]), 4),
+        "precision": resources[0],
+        "rematerialize": resources[1],
+        "seconds": round(statistics.median(seconds[1:]), 4) if repeats else None,
+        "seconds_min": round(min(seconds[1:]), 4) if repeats else None,
         "state_bytes": memory.argument_size_in_bytes,
         "working_bytes": memory.temp_size_in_bytes,
     }
@@ -119,6 +126,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=(16, 32, 64, 128))
     parser.add_argument("--sides", type=int, nargs="*", default=(16, 32, 48, 64))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--rematerialize", default="none")
     parser.add_argument("--out", type=Path, help="a line of JSON is appended for each result")
     options = parser.parse_args()
     if options.what == "collectives":
@@ -126,10 +135,12 @@ def main() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
         points = [lambda: collectives(options)]
     else:
-        cells = [(n, 32) for n in options.batches] + [(32, n) for n in options.sides]
+        cells = [(n, options.side or 32) for n in options.batches]
+        cells += [(32, n) for n in options.sides]
+        resources = options.precision, options.rematerialize
         points = [
             lambda batch=batch, side=side: growth_point(
-                options.network, batch, side, options.repeats
+                options.network, batch, side, options.repeats, resources
             )
             for batch, side in dict.fromkeys(cells)
         ]
