@@ -3,8 +3,8 @@
     python benchmarks/cold_start.py --teacher teachers/r20_cifar10 --out results/cold_start.jsonl
 
 The command is `python -m lrq_jax.main --config.log_every=1`. What counts is the first line of the run's
-metrics.jsonl: importing, reading the teacher, compiling and one step (of `--batch` images, or of an
-image pool's) lie before it. The first start finds an empty cache, the others what it left there.
+metrics.jsonl: importing, reading the teacher, compiling and one step of `--batch` images lie before
+it. The first start finds an empty cache, the others what it left there.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     """See the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True, help="a converted ResNet-20")
-    parser.add_argument("--presets", nargs="*", default=("lrq", "gdfq", "fast"))
+    parser.add_argument("--presets", nargs="*", default=("lrq", "gdfq"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--warm-starts", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a line of JSON is appended for each preset")

@@ -43,8 +43,9 @@ CASES = {
     "r18-8": Case(network=LARGE, batch=8, attention="after_block1"),
     "r18-8-integer": Case(network=LARGE, batch=8, attention="after_block1", placement="integer"),
 }
+CASES = {name: dataclasses.replace(case, calls=5) for name, case in CASES.items()}
 GPU_CASES = {
-    "r20-200-gpu": dataclasses.replace(CASES["r20-200"], steps=20),
+    "r20-200-gpu": dataclasses.replace(CASES["r20-200"], steps=20, calls=1),
     "r18-16-gpu": Case(network=LARGE, batch=16, attention="after_block1", steps=20),
     "r18-64-gpu": Case(network=LARGE, batch=64, attention="after_block1", steps=20),
 }
@@ -212,7 +213,7 @@ def main() -> None:
         )
         about = machine()
         result = {"name": name, **measure(case, pairs=options.pairs, seconds=options.seconds)}
-        result |= {"machine": about, "date": time.strftime("%Y-%m-%d")}
+        result |= {"machine": about, "date": time.strftime("%Y-%m-%d"), "huge_pages": True}
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         print(table(result), flush=True)

@@ -22,7 +22,7 @@ from subjects import SUBJECTS, Subject
 from lrq_jax.bench import bench, table
 from lrq_jax.data import Preprocessing
 from lrq_jax.export import export_student
-from lrq_jax.report_file import REPORT
+from lrq_jax.report_file import REPORT, missing_fields
 from lrq_jax.writers.codes import save_student
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
@@ -46,6 +46,7 @@ def exported(subject: Subject, directory: Path) -> Path:
         provenance={},
     )  # fmt: skip
     about = {
+        **dict.fromkeys(missing_fields({})), "settings": {}, "teacher_sha256": "",
         "network": subject.name, "weight_bits": 4, "act_bits": 4, "preset": "none", "policy": "U",
         "steps": 0, "seed": 0, "images": 0, "versions": {},
         "teacher_source": {"file": subject.source, "sha256": ""},

@@ -22,9 +22,10 @@ EXACT_FLOAT32 = 2**24
 """Integers below this are exact in float32, and so are sums that stay below it."""
 
 
+@functools.partial(jax.jit, static_argnames=("strides", "padding", "dilation", "groups"))
 def conv2d(x: jax.Array, kernel: jax.Array, *, strides: Pair = (1, 1),
            padding: Padding = ((0, 0), (0, 0)), dilation: Pair = (1, 1), groups: int = 1) -> jax.Array:  # fmt: skip
-    """2-D convolution, channels last.
+    """2-D convolution, channels last; traced once a shape.
 
     Args:
       x: `[B, H, W, C]`.

@@ -64,6 +64,7 @@ def _forward(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding, d
     return convolution(x, kernel, strides, padding, dilation, groups), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced once a shape
 def _backward(strides: Pair, padding: Padding, dilation: Pair, groups: int,
               residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     x, kernel = residuals

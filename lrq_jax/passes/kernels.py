@@ -34,7 +34,7 @@ def kernel_range(spec: QuantSpec, variables: Variables, operation: Operation) ->
     limits = quant["weights"].get(name)
     if limits is None:
         kernel = variables["params"][name]["kernel"]
-        limits = _observed_range(spec, kernel, operation.weight_bits)
+        limits = _observed_range(spec, jax.lax.stop_gradient(kernel), operation.weight_bits)
     return stretched(jax.lax.stop_gradient(limits), quant["stretch"]["weights"][name])
 
 

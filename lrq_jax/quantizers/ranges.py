@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ def percentile(x: jax.Array, axes: tuple[int, ...], bits: int, *, tail: float = 
     return {"low": jnp.quantile(x, tail, axes), "high": jnp.quantile(x, 1 - tail, axes)}
 
 
+@functools.partial(jax.jit, static_argnames=("axes", "bits"))  # traced once a shape
 def smallest_error(x: jax.Array, axes: tuple[int, ...], bits: int) -> Range:
     """The share of the min-max range with the smallest mean `|x - dequantized|^2.4`.
 
