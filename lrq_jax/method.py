@@ -124,6 +124,9 @@ class Method:
     noise_lowest_target: float = 0.5  # class probability targets: 1 or U(this, 1) [open]
     noise_augmentation: str = "crop_flip"  # none | crop_flip | shift_flip
     noise_augment_probability: float = 0.5  # an iteration augments the batch with this probability
+    noise_spectrum: float = (
+        0.0  # pixels over cosines that fall as 1 / frequency^this; 0: as they are
+    )
     noise_low_pass: float = 0.0  # cutoff of a low-pass filter, cycles an image (SynQ); 0: none
     noise_clip: bool = False  # pixels stay in the range of real ones
 
@@ -161,7 +164,7 @@ class Method:
                      "ama_weight", "ce_weight", "distill_weight", "dkd_beta",
                      "student_weight_decay", "noise_bns_weight", "noise_target_weight",
                      "class_focus", "noise_low_pass", "channel_alignment", "cam_alignment",
-                     "perturbation", "noise_image_weight", "noise_swing",
+                     "perturbation", "noise_image_weight", "noise_swing", "noise_spectrum",
                      "reconstruction_regularizer"):  # fmt: skip
             self._check(name, minimum=0)
         for name in ("temperature", "gradient_clip", "student_learning_rate",

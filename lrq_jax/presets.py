@@ -179,7 +179,8 @@ def fast(*, large_images: bool) -> Preset:
     """Ours, for minutes: a small pool of noise images, ranges and step sizes that are searched
     and then learned, distillation alone.
 
-    The parts: images matched to the batch norms' relative statistics; ranges by the smallest
+    The parts: images matched to the batch norms' relative statistics, over frequencies that fall as
+    those of photographs do (`coloured`); ranges by the smallest
     `|error|^2.4` (BRECQ); learned step sizes and clip mask (LSQ); the teacher's soft outputs and
     no labels (AIT, arXiv 2203.17008); a few hundred images suffice, since they are only ever seen
     moved, mirrored and mixed in pairs (mixup, arXiv 1710.09412). `docs/accuracy.md` says what each part bought.
@@ -215,6 +216,7 @@ def fast(*, large_images: bool) -> Preset:
         noise_augmentation="crop_flip" if large_images else "shift_flip",
         noise_augment_probability=1.0,
         noise_clip=True,
+        noise_spectrum=1.0,
     )
     student = QuantSpec(
         weight_observer="smallest_error",

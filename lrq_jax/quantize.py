@@ -87,6 +87,11 @@ def step_spec(teacher: Teacher, settings: RunSettings, mesh: jax.sharding.Mesh |
             "method.equalize: found True with channel_alignment, expected False: equalization "
             "rescales the channels whose shares are aligned with the teacher's"
         )
+    if method.noise_spectrum and method.noise_parameters != "pixels":
+        raise ValueError(
+            f"method.noise_spectrum: found {method.noise_spectrum} with noise_parameters="
+            f"{method.noise_parameters!r}, expected 0: a generator makes the spectrum it likes"
+        )
     devices = 1 if mesh is None else mesh.devices.size
     parts = {"batch_size": devices * settings.resources.micro_batches}
     if method.makes_pool:

@@ -83,16 +83,19 @@ FAST = {
 FAST_PARTS = {
     "fast": [],
     "no mixup": ["--config.method.mixup=0.0"],
+    "white noise": ["--config.method.noise_spectrum=0.0"],
     "channel alignment": ["--config.method.channel_alignment=1000.0"],
     "activation map alignment": ["--config.method.cam_alignment=1.0"],
     "perturbation": ["--config.method.perturbation=0.01"],
     "latents": [
         "--config.method.noise_parameters=latents",
+        "--config.method.noise_spectrum=0.0",
         "--config.method.attention=after_block1",
         "--config.method.latent_dim=256",
     ],
     "latents, no attention": [
         "--config.method.noise_parameters=latents",
+        "--config.method.noise_spectrum=0.0",
         "--config.method.latent_dim=256",
     ],
     "swing": ["--config.method.noise_swing=1"],

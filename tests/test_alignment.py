@@ -8,7 +8,6 @@ import pytest
 from jax.test_util import check_grads
 
 from lrq_jax import losses
-from lrq_jax.synthesis.low_pass import low_pass
 from lrq_jax.training.inundation import inundated
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -94,21 +93,6 @@ def test_easy_cross_entropy_leaves_out_what_the_teacher_finds_hard(rng):
     np.testing.assert_allclose(found, np.sum(-np.log(right)[easy]) / 40, rtol=1e-4)
     whole = losses.easy_cross_entropy(logits, teacher, labels, hardest=1.0)
     np.testing.assert_allclose(whole, losses.cross_entropy(logits, labels), rtol=1e-6)
-
-
-@pytest.mark.parametrize(("height", "width", "cutoff"), [(8, 8, 1.5), (9, 12, 3.0)])
-def test_low_pass_is_the_filter_in_the_frequency_domain(rng, height, width, cutoff):
-    images = rng.standard_normal((3, height, width, 2)).astype(np.float32)
-    spectrum = np.fft.fftshift(np.fft.fft2(np.float64(images), axes=(1, 2)), axes=(1, 2))
-    for i in range(height):
-        for j in range(width):
-            square = (i - height // 2) ** 2 + (j - width // 2) ** 2
-            spectrum[:, i, j] *= np.exp(-square / (2 * cutoff**2))
-    expected = np.fft.ifft2(np.fft.ifftshift(spectrum, axes=(1, 2)), axes=(1, 2))
-    assert np.abs(expected.imag).max() < 1e-9
-    found = jax.jit(low_pass, static_argnums=1)(jnp.asarray(images), cutoff)
-    np.testing.assert_allclose(found, expected.real, atol=1e-5)
-    np.testing.assert_allclose(low_pass(jnp.ones((1, 8, 8, 1)), cutoff), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 1.0])

@@ -18,7 +18,7 @@ from lrq_jax.passes import float_forward
 from lrq_jax.quantize import step_spec
 from lrq_jax.sharding import data_mesh
 from lrq_jax.synthesis.generator import generate
-from lrq_jax.synthesis.low_pass import low_pass
+from lrq_jax.synthesis.spectrum import coloured, low_pass
 from lrq_jax.training import noise_pool, noise_steps, steps
 from lrq_jax.training.compilation import compile_step, put_replicated
 from lrq_jax.training.optimizers import noise_optimizer
@@ -89,6 +89,18 @@ def test_clipped_images_stay_in_range_and_their_pixels_can_come_back():
             spec, state.parameters, state.labels
         )[0]
         assert np.all(np.asarray(gradient)[outside] != 0)
+
+
+def test_optimised_noise_is_shown_and_kept_coloured():
+    spec = spec_of(noise_spectrum=1.0, noise_augment_probability=0.0)
+    state = noise_steps.initial_noise(spec, jax.random.key(3), CENTERS)
+    finished, _ = noise_steps.finished_noise(state, VARIABLES, spec=spec)
+    np.testing.assert_allclose(finished, coloured(state.parameters, 1.0), atol=1e-5)
+    plain = spec_of(noise_augment_probability=0.0)
+    expected, _ = noise_loss(plain, finished, state.labels)
+    np.testing.assert_allclose(
+        noise_loss(spec, state.parameters, state.labels)[0], expected, rtol=1e-4
+    )
 
 
 def test_optimised_images_are_shown_and_kept_without_high_frequencies():

@@ -306,6 +306,12 @@ def test_the_student_is_aligned_at_block_outputs_and_at_the_last_map(compared_pa
     np.testing.assert_allclose(total, plain + 30 * channel + 5 * cam, rtol=1e-5)
 
 
+def test_a_generator_makes_the_spectrum_it_likes():
+    settings = tiny_settings(noise_spectrum=1.0, noise_parameters="latents")
+    with pytest.raises(ValueError, match=r"method\.noise_spectrum: found 1\.0 .* expected 0"):
+        step_spec(TEACHER, settings, None)
+
+
 def test_channels_that_are_rescaled_are_not_aligned():
     settings = tiny_settings(channel_alignment=1.0, equalize=True)
     with pytest.raises(ValueError, match=r"method\.equalize: found True .* expected False"):

@@ -18,7 +18,7 @@ from lrq_jax.passes.float_forward import Transform, Variables, unchanged
 from lrq_jax.sharding import constrain_batch
 from lrq_jax.synthesis.augmentation import AUGMENTATIONS, swing
 from lrq_jax.synthesis.generator import generate, init_generator
-from lrq_jax.synthesis.low_pass import low_pass
+from lrq_jax.synthesis.spectrum import coloured, low_pass
 from lrq_jax.training.comparison import teacher_forward
 from lrq_jax.training.optimizers import noise_optimizer
 from lrq_jax.training.spec import StepSpec
@@ -82,7 +82,8 @@ _fresh_generator = jax.jit(init_generator, static_argnums=0)
 def shown(parameters: Parameters, labels: jax.Array, *, spec: StepSpec) -> jax.Array:
     """The images `[B, H, W, C]` that the networks see of what is optimised.
 
-    Pixels are the images; latents z and the generator G are optimised together, and `G(z, y)` are.
+    Pixels are the images, or coefficients of cosines with the spectrum of photographs (`coloured`);
+    latents z and the generator G are optimised together, and `G(z, y)` are the images.
     Where the method asks for it they lose high frequencies, and every pixel becomes one that a
     real image could hold; gradients pass as if nothing was clipped, so that a pixel can come
     back. Source of the latents: Genie (arXiv 2212.04780); the generator is the method's own.
@@ -90,6 +91,8 @@ def shown(parameters: Parameters, labels: jax.Array, *, spec: StepSpec) -> jax.A
     # The state is a copy on each device: unconstrained, each would compute the whole batch.
     if spec.method.noise_parameters == "pixels":
         images = constrain_batch(parameters, spec.mesh)
+        if spec.method.noise_spectrum:
+            images = coloured(images, spec.method.noise_spectrum)
     else:
         latents, labels = (constrain_batch(x, spec.mesh) for x in (parameters["latents"], labels))
         generator, latents = spec.resources.cast((parameters["generator"], latents))
