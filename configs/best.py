@@ -16,7 +16,6 @@ def get_config() -> ConfigDict:
     config = base_config()
     config.method.preset = "best"
     config.teacher.path = ""  # a converted teacher; `digits` for the embedded one
-    config.data.name = ""
     config.data.path = ""  # a folder of labelled images; empty: nothing is evaluated
     config.checkpoint_every = 1000
     return config

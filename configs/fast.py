@@ -16,6 +16,5 @@ def get_config() -> ConfigDict:
     config = base_config()
     config.method.preset = "fast"
     config.teacher.path = ""  # a converted teacher; `digits` for the embedded one
-    config.data.name = ""
     config.data.path = ""  # a folder of labelled images; empty: nothing is evaluated
     return config

@@ -19,7 +19,6 @@ def get_config() -> ConfigDict:
     """See the module docstring."""
     config = base_config()
     config.teacher.path = "teachers/r18"
-    config.data.name = ""
     config.data.path = ""  # a folder of labelled images; empty: nothing is evaluated
     config.checkpoint_every = 1000
     config.images_every = 1000

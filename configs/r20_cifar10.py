@@ -18,6 +18,5 @@ def get_config() -> ConfigDict:
     config = short_schedule(base_config(), steps=400)
     config.student.act_observer = config.student.weight_observer = "smallest_error"
     config.teacher.path = "teachers/r20_cifar10"
-    config.data.name = ""
     config.data.path = ""  # a folder of labelled images; empty: nothing is evaluated
     return config

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,8 +24,10 @@ import numpy as np
 
 from lrq_jax.console import say
 from lrq_jax.data.pixels import normalise
+from lrq_jax.endings import fail, run_command
 from lrq_jax.exported import record
 from lrq_jax.passes import Student
+from lrq_jax.paths import make_parents
 from lrq_jax.runtimes import Runner
 from lrq_jax.runtimes.litert import LiteRTRunner
 from lrq_jax.runtimes.onnx_runtime import OnnxRunner
@@ -106,7 +107,7 @@ def bench(directory: str | Path, *, batches: tuple[int, ...] | None = None, thre
 
     Raises:
       FileNotFoundError: no export there, or no file for a runtime asked for.
-      ValueError: an unknown runtime, a damaged file, or batches other than the export's fixed one.
+      ValueError: an unknown runtime, no threads, a damaged file, or batches other than the export's fixed one.
       ImportError: the package of a runtime asked for is missing, or of all; names the extra.
     """
     directory = Path(directory)
@@ -121,6 +122,8 @@ def bench(directory: str | Path, *, batches: tuple[int, ...] | None = None, thre
                 "expected one; export it with --targets onnx"
             )
     unknown = [name for name in runtimes if name not in RUNTIMES]
+    if threads < 1:
+        raise ValueError(f"threads: found {threads}, expected a number from 1 up")
     if unknown or not runtimes:
         raise ValueError(f"runtime: found {unknown or 'none'}, expected some of {list(RUNTIMES)}")
     plan, untimed, sizes, versions = {}, {}, {}, {}
@@ -300,6 +303,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 after a message on standard error."""
     options = _parser().parse_args(arguments)
     try:
+        if options.plot and Path(options.plot).suffix.lower() != ".png":
+            raise ValueError(f"--plot: found {options.plot!r}, expected a name ending in .png")
+        for option, path in (("--out", options.out), ("--plot", options.plot)):
+            if path:  # before the measurement, which takes minutes
+                make_parents(path, option)
         result = bench(
             options.directory,
             batches=None if options.batch is None else _numbers(options.batch),
@@ -314,10 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.plot:
             plot(result, options.plot)
     except (ValueError, OSError, ImportError) as error:
-        print(f"lrq_jax.bench: {error}", file=sys.stderr)
-        return 2
+        return fail("lrq_jax.bench", error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("lrq_jax.bench", main)

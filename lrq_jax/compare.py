@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lrq_jax.config import differences
-from lrq_jax.console import coloured, fail, say
+from lrq_jax.console import coloured, say
+from lrq_jax.endings import fail, run_command
+from lrq_jax.paths import make_parents
 from lrq_jax.report.page import render
 from lrq_jax.report_file import read_report
 
@@ -163,6 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         comparison = compare(options.runs)
+        make_parents(options.out, "--out")
         write_comparison(comparison, options.out)
     except (ValueError, OSError) as error:
         return fail("lrq_jax.compare", error)
@@ -177,4 +179,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("lrq_jax.compare", main)

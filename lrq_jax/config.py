@@ -15,6 +15,7 @@ from lrq_jax.method import Method
 from lrq_jax.passes.plan import QuantSpec
 from lrq_jax.presets import METHOD_FIELDS, preset
 from lrq_jax.quantizers.ranges import OBSERVERS
+from lrq_jax.readers.store import DIGITS
 from lrq_jax.resources import DEFAULT_RESOURCES, Resources
 
 if typing.TYPE_CHECKING:
@@ -27,10 +28,13 @@ class RunSettings:
 
     Attributes:
       teacher_path: teacher directory, checkpoint file, `.safetensors` teacher, or `digits`.
-      data_name, data_path, data_split: evaluation images, see `lrq_jax.data.load_data`; name and
-        path both empty: nothing is evaluated.
+      data_name: evaluation images: `digits`, or a TFDS dataset that is prepared; left out, the
+        embedded teacher's digits, and for another teacher nothing.
+      data_path: or a folder of labelled images; with neither nothing is evaluated.
+      data_split: of a TFDS dataset.
       pool_path: run directory of the same teacher whose noise images are taken; empty: new ones.
-      train_path, train_images: folder of real images for `method.images='folder'`, and how many.
+      train_path: folder of real images for `method.images='folder'`.
+      train_images: how many of them are taken.
       student: how the student is quantized.
       preset: name of the method's preset.
       method: the preset with the config's overrides.
@@ -78,9 +82,9 @@ def base_config() -> ConfigDict:
     ours = [field.name for field in dataclasses.fields(Method) if field.name != "steps"]
     config = ConfigDict(
         {
-            "teacher": {"path": "digits"},
+            "teacher": {"path": DIGITS},
             "data": {
-                "name": "digits",
+                "name": config_dict.placeholder(str),
                 "path": "",
                 "split": "test",
                 "pool_path": "",
@@ -197,9 +201,13 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
         raise ValueError(
             f"steps_per_dispatch: found {config.steps_per_dispatch}, expected 0 (automatic) or more"
         )
+    data_name = config.data.name
+    if data_name is None:
+        embedded = config.teacher.path == DIGITS and not config.data.path
+        data_name = DIGITS if embedded else ""
     return RunSettings(
         teacher_path=config.teacher.path,
-        data_name=config.data.name,
+        data_name=data_name,
         data_path=config.data.path,
         data_split=config.data.split,
         pool_path=config.data.pool_path,

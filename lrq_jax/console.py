@@ -81,12 +81,6 @@ def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
-def fail(program: str, error: Exception) -> int:
-    """Says on standard error why a command did nothing; its exit code, 2."""
-    print(f"{coloured(program, 'red', sys.stderr)}: {error}", file=sys.stderr)
-    return 2
-
-
 @contextlib.contextmanager
 def quiet_logging() -> Iterator[None]:
     """Orbax and absl log each array at information level: errors only, while this lasts."""

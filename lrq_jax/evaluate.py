@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 
 from lrq_jax.console import say
 from lrq_jax.data import EvalData, Preprocessing, batches, load_data
+from lrq_jax.endings import fail, run_command
 from lrq_jax.evaluation import Accuracy, Tally
 from lrq_jax.runtimes import Reference, Runner
 from lrq_jax.runtimes.jax_exported import JaxExportRunner
@@ -122,8 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         data = load_data(path=options.data, name=options.data_name)
         result = evaluate_model(options.model, data, runtimes=runtimes, batch_size=options.batch)
     except (ValueError, OSError, ImportError) as error:
-        print(f"lrq_jax.evaluate: {error}", file=sys.stderr)
-        return 2
+        return fail("lrq_jax.evaluate", error)
     first = next(iter(result))
     for name, accuracy in result.items():
         agreement = (
@@ -137,4 +136,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("lrq_jax.evaluate", main)

@@ -20,7 +20,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
@@ -32,7 +31,9 @@ from lrq_jax import __version__
 from lrq_jax.bench import bench
 from lrq_jax.bench import table as bench_table
 from lrq_jax.console import say
+from lrq_jax.endings import fail, run_command
 from lrq_jax.exported import CARD, FORMAT, contents, hashes, record, sizes
+from lrq_jax.paths import check_can_be_made
 from lrq_jax.report_file import REPORT, read_object, read_report, write_json
 from lrq_jax.verify import verify
 from lrq_jax.writers.codes import load_student
@@ -132,12 +133,14 @@ def check_out(out: Path, run: Path, overwrite: bool) -> None:
 
     Raises:
       FileExistsError: it would be lost.
+      NotADirectoryError: `out` lies below a file.
       ValueError: `out` lies in the run's directory.
     """
     if out.resolve().is_relative_to(run.resolve()):
         raise ValueError(
             f"--out {out}: found a place in --run {run}, expected one outside of it; choose another"
         )
+    check_can_be_made(out, "--out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
@@ -231,8 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
             overwrite=options.overwrite,
         )
     except (ValueError, OSError, ImportError) as error:
-        print(f"lrq_jax.export: {error}", file=sys.stderr)
-        return 2
+        return fail("lrq_jax.export", error)
     for name, size in report["files"].items():
         say(f"{size:>12,} bytes  {name}")
     portable = "yes" if report["portable_without_vnni"] else "no"
@@ -243,4 +245,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("lrq_jax.export", main)

@@ -18,7 +18,8 @@ Starting again on the same --workdir resumes. A finished run holds report.html a
 then: python -m lrq_jax.export, verify, bench, evaluate, report, compare (each knows --help).
 
 Exit codes: 0 finished; 1 a fault of this program; 2 nothing was started, the input cannot be used;
-3 a loss stopped being finite; 4 another process of a distributed job was lost.
+3 a loss stopped being finite; 4 another process of a distributed job was lost; 5 memory or a disk
+is full; 130 interrupted with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from ml_collections import config_flags
 from lrq_jax import config as embedded_config
 from lrq_jax.config import base_config, field_names, resolve
 from lrq_jax.console import be_silent, coloured, say
+from lrq_jax.endings import DIVERGED, LOST, REFUSED, fail, run_command, shortage
 from lrq_jax.estimate import describe, estimate, is_long
 from lrq_jax.hints import accelerator_hint
 from lrq_jax.paths import cache_directory
@@ -52,13 +54,6 @@ from lrq_jax.readers.store import load_teacher
 from lrq_jax.reference import fields_text, overview
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training.errors import TrainingDiverged
-
-REFUSED = 2
-"""Exit code when nothing was started because the input cannot be used."""
-DIVERGED = 3
-"""Exit code when a loss stopped being finite."""
-LOST = 4
-"""Exit code when another process of the job was lost."""
 
 
 def _exit(code: int, message: str) -> NoReturn:
@@ -192,6 +187,8 @@ def main(argv: Sequence[str]) -> None:
             return
         job = prepare(teacher, settings, data, _WORKDIR.value)
     except (ValueError, OSError, ImportError) as error:
+        if shortage(error):
+            raise SystemExit(fail("lrq_jax", error)) from error
         _exit(REFUSED, _hint(str(error)))
     _tell_before(job)
     try:
@@ -199,7 +196,7 @@ def main(argv: Sequence[str]) -> None:
     except TrainingDiverged as error:
         _exit(DIVERGED, str(error))
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or shortage(error):
             raise
         _leave(str(error))
     if not is_first():
@@ -209,4 +206,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    run_command("lrq_jax", lambda: app.run(main, flags_parser=parse_flags), resumes=True)

@@ -58,7 +58,7 @@ class Method:
     reconstruction_drop: float = 0.5  # activations left unquantized (QDrop, 2203.05740)
     # --- schedule, in steps ---
     steps: int = 80_000  # student steps after the warm-up; 0: calibrate ranges and report
-    warmup_steps: int = 800  # generator alone
+    warmup_steps: int = 800  # steps before, of the generator alone
     calibration_start: int = 0  # activation ranges are updated from this step of the warm-up ...
     calibration_steps: int = 800  # ... for this many steps, then frozen
     calibration_images: str = "generator"  # generator | pool (of images)
@@ -67,14 +67,14 @@ class Method:
     class_focus: float = 0.0  # times (1 - p_y)^this: HAST's focus on hard images (2303.13826)
     superposition: float = 0.0  # probability of a batch of superposed classes (Qimera, 2111.02625)
     superposed_classes: int = 2  # classes that a superposed image mixes
-    bns_weight: float = 0.1  # batch-norm statistics, with a generator
+    bns_weight: float = 0.1  # of the batch norms' statistics, with a generator
     ama_weight: float = 1.0  # adversarial margin add: weight of both hinges [open]
-    ama_margin: float = 0.5  # radians
-    ama_lower: float = 0.3  # hinge on 1 - phi; R18 value, IntraQ's CIFAR .05 would never fire
-    ama_upper: float = 0.8  # hinge on 1 - phi
+    ama_margin: float = 0.5  # added to the angle between feature and centre, radians
+    ama_lower: float = 0.3  # lower hinge on 1 - phi; R18's: IntraQ's CIFAR .05 would never fire
+    ama_upper: float = 0.8  # upper hinge on 1 - phi
     ama_center: str = "running_mean"  # running_mean of synthetic features | classifier row [open]
     # --- student loss ---
-    student_loss: str = "dkd"  # dkd | kd
+    student_loss: str = "dkd"  # distillation: dkd (decoupled, 2203.08679) | kd
     ce_weight: float = 1.0  # cross-entropy of the student on the generator's labels ...
     ce_hardest: float = 1.0  # ... but of images whose 1 - p_y exceeds this (SynQ, ICLR 2025)
     distill_weight: float = 1.0  # weight of kd; of dkd's target part (alpha)
@@ -88,16 +88,16 @@ class Method:
     average_decay: float = 0.0  # of the student's weights; their average ships; 0: the last ones do
     # --- optimisers ---
     student_optimizer: str = "sgd"  # sgd (nesterov) | adam
-    student_learning_rate: float = 1e-4
+    student_learning_rate: float = 1e-4  # of weights and biases
     student_schedule: str = "step"  # step (x 0.1 at milestones) | cosine (to 0) | constant
-    student_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)  # steps
-    student_momentum: float = 0.9
-    student_weight_decay: float = 1e-4
+    student_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)  # steps after which it falls
+    student_momentum: float = 0.9  # of sgd
+    student_weight_decay: float = 1e-4  # added to the gradient, of either optimiser
     step_size_learning_rate: float = 1e-3  # Adam, of the logarithm of learned step sizes
-    generator_learning_rate: float = 1e-3  # Adam
-    generator_beta1: float = 0.5  # Adam; beta2 is 0.999
-    generator_schedule: str = "step"
-    generator_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)
+    generator_learning_rate: float = 1e-3  # of Adam
+    generator_beta1: float = 0.5  # of its Adam, whose beta2 is 0.999
+    generator_schedule: str = "step"  # as student_schedule
+    generator_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)  # as student_milestones
     adam_epsilon: float = 1e-8  # of every Adam
     gradient_clip: float = 10.0  # largest global norm of either gradient; the lineage has none
     augmentation: str = "none"  # of the pool's images in training: none | crop_flip | shift_flip
@@ -108,25 +108,24 @@ class Method:
     noise_generator_decay: float = 0.95  # of that rate, step by step beside a plateau (Genie)
     noise_generator_decay_every: int = 100  # iterations from one such decay to the next
     noise_batches: int = 20  # batches in the pool (released: 4 groups x 5)
-    noise_batch_size: int = 256  # images a batch
+    noise_batch_size: int = 256  # images of each
     noise_iterations: int = 1000  # optimisation steps a batch
     noise_learning_rate: float = 0.5  # Adam, of pixels or latents
-    noise_beta1: float = 0.5  # Adam; beta2 is 0.999
-    noise_schedule: str = "plateau"  # plateau | cosine (to 0)
+    noise_beta1: float = 0.5  # of the images' Adam, whose beta2 is 0.999
+    noise_schedule: str = "plateau"  # of that rate: plateau | cosine (to 0)
     noise_plateau_patience: int = 50  # iterations without improvement before x 0.1 ...
     noise_smallest_rate: float = 1e-4  # ... down to this learning rate
     noise_statistics: str = "variance"  # of batch norms: variance | relative (ours) | deviation
-    noise_bns_weight: float = 1.0
+    noise_bns_weight: float = 1.0  # of the batch norms' statistics
     noise_image_weight: float = 0.0  # of each image's own mean and deviation, 0 and 1 (Genie)
     noise_swing: int = 0  # pixels by which strided convolutions of the teacher move (Genie: 1)
     noise_target: str = "probability"  # class loss: probability (squared error) | cross_entropy
-    noise_target_weight: float = 1.0
+    noise_target_weight: float = 1.0  # of the class loss
     noise_lowest_target: float = 0.5  # class probability targets: 1 or U(this, 1) [open]
-    noise_augmentation: str = "crop_flip"  # none | crop_flip | shift_flip
+    noise_augmentation: str = "crop_flip"  # while they are made: none | crop_flip | shift_flip
     noise_augment_probability: float = 0.5  # an iteration augments the batch with this probability
-    noise_spectrum: float = (
-        0.0  # pixels over cosines that fall as 1 / frequency^this; 0: as they are
-    )
+    # pixels over cosines whose size falls as 1 / frequency^this; 0: pixels as they are
+    noise_spectrum: float = 0.0
     noise_low_pass: float = 0.0  # cutoff of a low-pass filter, cycles an image (SynQ); 0: none
     noise_clip: bool = False  # pixels stay in the range of real ones
 

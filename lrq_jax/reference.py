@@ -32,7 +32,7 @@ class Field:
 
     Attributes:
       name: as the command line spells it after `--config.`.
-      default: of `base_config()`; None where the preset decides.
+      default: of `base_config()`; None where the preset or the teacher decides.
       meaning: a sentence or less.
     """
 
@@ -84,19 +84,25 @@ def _attributes(described: type) -> dict[str, str]:
 
 
 def _comments(described: type) -> dict[str, str]:
-    """The comment on the line of each field of a dataclass; its section where it has none."""
-    found, section = {}, ""
+    """The comment of each field of a dataclass: on its line, or on the lines above it."""
+    found: dict[str, str] = {}
+    above: list[str] = []
     for line in inspect.getsource(described).splitlines():
-        if match := re.match(r"    # --- (.*?) ---", line):
-            section = match[1]
-        elif match := re.match(r"    (\w+): [^#=]+ = [^#]*(?:# (.*))?$", line):
-            found[match[1]] = (match[2] or section).strip()
+        if match := re.match(r"    # (?!---)(.*)$", line):
+            above.append(match[1])
+            continue
+        if match := re.match(r"    (\w+): [^#=]+ = [^#]*(?:# (.*))?$", line):
+            found[match[1]] = " ".join([*above, match[2] or ""]).strip()
+        above = []
     return found
 
 
 def presets() -> dict[str, str]:
-    """Preset -> what it is, the first line of its docstring."""
-    return {name: (inspect.getdoc(make) or "").partition("\n")[0] for name, make in PRESETS.items()}
+    """Preset -> what it is, the first sentence of its docstring."""
+    return {
+        name: re.split(r"(?<=\.)\s", " ".join((inspect.getdoc(make) or "").split()))[0]
+        for name, make in PRESETS.items()
+    }
 
 
 def overview() -> str:
@@ -122,7 +128,13 @@ def _columns(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def _show(field: Field) -> str:
-    return "(the preset's)" if field.default is None else f"{field.default}"
+    if field.default is not None:
+        return f"{field.default}"
+    return "(the preset's)" if _of_preset(field) else ""
+
+
+def _of_preset(field: Field) -> bool:
+    return field.default is None and field.name.startswith(("method.", "student.", "steps"))
 
 
 def markdown() -> str:
@@ -153,7 +165,7 @@ def markdown() -> str:
         ]
         lines += ["|---|---|---|"]
         for field in groups[group]:
-            default = "*preset*" if field.default is None else f"`{field.default!r}`"
+            default = "*preset*" if _of_preset(field) else f"`{field.default!r}`"
             meaning = field.meaning.replace("|", "\\|")
             lines.append(f"| `{field.name}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"

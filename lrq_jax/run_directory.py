@@ -13,6 +13,7 @@ import numpy as np
 
 from lrq_jax.config import differences
 from lrq_jax.data import Preprocessing
+from lrq_jax.paths import make_parents
 from lrq_jax.report_file import CONFIG, REPORT, temporary_path, write_json
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.json"
@@ -29,14 +30,15 @@ class RunDirectory:
 
     Raises:
       FileExistsError: the directory holds a run with another config; the fields are named.
-      NotADirectoryError: the path is a file.
+      NotADirectoryError: the path is a file, or below one.
     """
 
     def __init__(self, path: str | Path, config: dict[str, Any], *, writes: bool = True) -> None:
         self.path, self._writes = Path(path), writes
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"workdir: found a file at {path}, expected a directory")
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_parents(self.path, "workdir")
+        self.path.mkdir(exist_ok=True)
         config = json.loads(json.dumps(config))  # tuples become lists, as they will be read
         if (self.path / CONFIG).exists():
             changed = differences(self._earlier_config(), config)

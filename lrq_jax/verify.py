@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import numpy as np
 from lrq_jax.console import say
 from lrq_jax.data import EvalData, Preprocessing, load_data
 from lrq_jax.data.pixels import crop
+from lrq_jax.endings import fail, run_command
 from lrq_jax.exported import contents, hashes, read_export, record, sha256, sizes
 from lrq_jax.passes import Student
 from lrq_jax.report_file import REPORT
@@ -143,7 +143,7 @@ def verify(directory: str | Path, *, data: EvalData | None = None, images: int |
 
     Raises:
       FileNotFoundError: no export there, or no file for a runtime asked for.
-      ValueError: an unknown runtime, a tolerance that is no share, or a student or report that
+      ValueError: an unknown runtime, no images, a tolerance that is no share, or a student or report that
         cannot be read.
       ImportError: the package of a runtime asked for is missing; names the extra.
     """
@@ -159,6 +159,8 @@ def verify(directory: str | Path, *, data: EvalData | None = None, images: int |
     unknown = [name for name in runtimes if name not in RUNTIMES]
     if unknown or (asked and not runtimes):
         raise ValueError(f"runtime: found {unknown or 'none'}, expected some of {list(RUNTIMES)}")
+    if images is not None and images < 1:
+        raise ValueError(f"images: found {images}, expected a number from 1 up, or none for all")
     if not 0 <= tolerance <= 1:
         raise ValueError(f"tolerance: found {tolerance}, expected a share from 0 to 1")
     report = read_export(directory)
@@ -382,8 +384,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.record:
             record(options.directory, agreement=[verdict.as_dict() for verdict in verdicts])
     except (ValueError, OSError, ImportError) as error:
-        print(f"lrq_jax.verify: {error}", file=sys.stderr)
-        return 2
+        return fail("lrq_jax.verify", error)
     for verdict in verdicts:
         say(str(verdict))
     if any(verdict.failed for verdict in verdicts):
@@ -392,4 +393,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("lrq_jax.verify", main)

@@ -529,3 +529,23 @@ def test_every_setting_is_told_apart():
         config.method[name] = value
         lines = differences(old, resolve(config, image_size=16).to_dict())
         assert [line.split(":")[0] for line in lines] == [f"method.{name}"], kinds[name]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "name", "path", "expected"),
+    [
+        ("digits", None, "", "digits"),
+        ("digits", "", "", ""),
+        ("digits", None, "images", ""),
+        ("resnet20.pth", None, "", ""),
+        ("resnet20.pth", "digits", "", "digits"),
+    ],
+)
+def test_the_embedded_digits_are_for_the_embedded_teacher_unless_asked_for(
+    teacher, name, path, expected
+):
+    config = get_config()
+    config.teacher.path, config.data.path = teacher, path
+    if name is not None:
+        config.data.name = name
+    assert resolve(config, image_size=32).data_name == expected

@@ -28,7 +28,7 @@ ORDER = (
         "huge_pages",
         "report_file",
     ),
-    ("quantizers", "networks", "data"),
+    ("quantizers", "networks", "data", "endings"),
     ("passes", "losses", "synthesis", "checkpoints"),
     ("readers", "method", "resources"),
     ("presets",),

@@ -98,7 +98,10 @@ def start(cache, cwd, *arguments, program=("-m", "lrq_jax.main")):
         (["--config.teacher.path=nowhere"], ["nowhere", "convert_teacher.py"]),
         (["--config.data.name=", "--config.data.path=nowhere"], ["nowhere"]),
         (["--config.data.name=cifar11"], ["cifar11", "no prepared dataset"]),
-        (["--config.data.path=."], ["data.name='digits'", "data.path='.'", "exactly one"]),
+        (
+            ["--config.data.name=digits", "--config.data.path=."],
+            ["data.name='digits'", "data.path='.'", "exactly one"],
+        ),
         (["--config.data.split=dev"], ["'dev'", "'test'"]),
         (["--config=nowhere.py"], ["nowhere.py"]),
         (["--config=nowhere.py", "--config.steps=3"], ["nowhere.py"]),

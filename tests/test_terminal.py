@@ -106,6 +106,10 @@ def test_the_lists_hold_every_network_preset_and_field():
     for field in fields:
         assert len(field.meaning) > 3, field
         assert f"--config.{field.name}=" in reference.fields_text()
+    meanings = [field.meaning for field in fields if field.name.startswith("method.")]
+    assert len(set(meanings)) == len(meanings), "a comment stands for two fields"
+    assert "noise images (images = noise)" not in meanings  # a section's title says nothing
+    assert all(sentence.endswith(".") for sentence in reference.presets().values())
 
 
 def test_the_configuration_reference_and_results_are_current():

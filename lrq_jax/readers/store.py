@@ -20,6 +20,7 @@ from lrq_jax.checkpoints import check_files, file_hashes, local_checkpointer
 from lrq_jax.console import quiet_logging
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import Graph, graph_from_dict, graph_to_dict
+from lrq_jax.paths import make_parents
 from lrq_jax.readers.convert import convert_teacher
 from lrq_jax.readers.errors import ReaderError
 from lrq_jax.readers.safetensors_file import read_safetensors_file
@@ -131,7 +132,7 @@ def save_teacher(teacher: Teacher, directory: str | Path, *, overwrite: bool = F
             f"found a teacher at {str(directory)!r} already: choose another place, or overwrite "
             "it with --overwrite (overwrite=True)"
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(directory, "--out")
     # Beside the target, so that the renames stay on one file system.
     workspace = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:

@@ -9,10 +9,10 @@ whose page was lost. What the run kept no files for is left out, and the page sa
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from lrq_jax.console import fail, say
+from lrq_jax.console import say
+from lrq_jax.endings import fail, run_command
 from lrq_jax.report.page import write_page
 from lrq_jax.run_directory import STUDENT
 from lrq_jax.writers.codes import is_student, load_student
@@ -42,4 +42,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("lrq_jax.report", main)
