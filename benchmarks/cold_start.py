@@ -58,15 +58,19 @@ def measure(preset: str, teacher: str, batch: int, warm_starts: int) -> dict[str
         return {"preset": preset, "batch": batch, "cold": seconds[0], "warm": seconds[1:]}
 
 
-def main() -> None:
-    """See the module docstring."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True, help="a converted ResNet-20")
     parser.add_argument("--presets", nargs="*", default=("lrq", "gdfq"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--warm-starts", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a line of JSON is appended for each preset")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """See the module docstring."""
+    options = _parser().parse_args()
     for preset in options.presets:
         found = measure(preset, options.teacher, options.batch, options.warm_starts)
         line = json.dumps({**found, "machine": machine(), "date": time.strftime("%Y-%m-%d")})

@@ -191,8 +191,7 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "usable_cpus": usable, "load_at_start": load}
 
 
-def main() -> None:
-    """Measures the chosen cases, appends a line of JSON each."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help=f"of {[*CASES, *GPU_CASES]}")
     parser.add_argument("--gpu", action="store_true", help=f"the cases {sorted(GPU_CASES)}")
@@ -201,6 +200,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=120.0, help="a case, about")
     parser.add_argument("--out", type=Path, default=Path("results/joint_step.jsonl"))
+    return parser
+
+
+def main() -> None:
+    """Measures the chosen cases, appends a line of JSON each."""
+    parser = _parser()
     options = parser.parse_args()
     known = {**CASES, **GPU_CASES}
     unknown = sorted(set(options.only or ()) - set(known))

@@ -56,13 +56,17 @@ def exported(subject: Subject, directory: Path) -> Path:
     return directory / "out"
 
 
-def main() -> int:
-    """Times the networks not in OUT yet."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/latency.jsonl"))
     parser.add_argument("--only", nargs="*", default=NAMES, help="names of networks")
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 32])
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Times the networks not in OUT yet."""
+    options = _parser().parse_args()
     assets = Path(os.environ.get("LRQ_ASSETS", ASSETS))
     lines = options.out.read_text().splitlines() if options.out.exists() else []
     done = {json.loads(line)["subject"] for line in lines}

@@ -111,14 +111,18 @@ def _outcome(cell: dict[str, Any] | None) -> str:
     return f"{differ} differ; {'all' if wide else 'DIFFER'} with wide pairs ({share:.3f})"
 
 
-def main() -> int:
-    """Runs the missing cells; returns 1 if any line of OUT is not identical."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/onnx_exactness.jsonl"))
     parser.add_argument("--only", nargs="*", help="names of networks; default: all")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no cell after so long")
     parser.add_argument("--table", action="store_true", help="print OUT as a table, run nothing")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Runs the missing cells; returns 1 if any line of OUT is not identical."""
+    options = _parser().parse_args()
     start = time.monotonic()
     assets = Path(os.environ.get("LRQ_ASSETS", ASSETS))
     lines = options.out.read_text().splitlines() if options.out.exists() else []

@@ -115,8 +115,7 @@ def growth_point(network: str, batch: int, side: int | None, repeats: int,
     }
 
 
-def main() -> None:
-    """See the module docstring."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("collectives", "growth"))
     parser.add_argument("--network", default="resnet20_cifar")
@@ -129,7 +128,12 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--rematerialize", default="none")
     parser.add_argument("--out", type=Path, help="a line of JSON is appended for each result")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """See the module docstring."""
+    options = _parser().parse_args()
     if options.what == "collectives":
         flag = f"--xla_force_host_platform_device_count={options.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"

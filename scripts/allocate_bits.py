@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 from lrq_jax.config import base_config, resolve
+from lrq_jax.endings import fail, run_command
 from lrq_jax.passes.mixed_precision import (
     BUDGETS,
     CANDIDATES,
@@ -30,8 +31,7 @@ from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.noise_pool import synthesize_pool
 
 
-def main() -> None:
-    """Parses the command line, measures, prints a table and the flag."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True, help="converted teacher, or `digits`")
     parser.add_argument("--budget", choices=BUDGETS, default="size")
@@ -44,13 +44,26 @@ def main() -> None:
     parser.add_argument("--act-bits", type=int, default=4)
     parser.add_argument("--bits", type=int, nargs="+", default=list(CANDIDATES))
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    teacher = load_teacher(arguments.teacher)
-    config = base_config()
-    config.method.preset, config.student.act_bits = "squant", arguments.act_bits
-    settings = resolve(config, image_size=max(teacher.graph.input_shape[:2]))
-    mesh = data_mesh()
-    spec = step_spec(teacher, settings, mesh)
+    return parser
+
+
+def main() -> int:
+    """Measures, prints a table and the flag; returns 0, or 2 after a message on standard error."""
+    arguments = _parser().parse_args()
+    try:
+        if not min(arguments.bits) <= arguments.average_bits <= max(arguments.bits):
+            raise ValueError(
+                f"--average-bits: found {arguments.average_bits:g}, expected a number between the "
+                f"smallest and the largest of --bits {arguments.bits}"
+            )
+        teacher = load_teacher(arguments.teacher)
+        config = base_config()
+        config.method.preset, config.student.act_bits = "squant", arguments.act_bits
+        settings = resolve(config, image_size=max(teacher.graph.input_shape[:2]))
+        mesh = data_mesh()
+        spec = step_spec(teacher, settings, mesh)
+    except (ValueError, OSError, ImportError) as error:
+        return fail("allocate_bits", error)
     jax.config.update("jax_default_matmul_precision", settings.resources.matmul_precision)
     variables = put_replicated(teacher.variables, mesh)
     with tempfile.TemporaryDirectory() as directory:
@@ -66,7 +79,8 @@ def main() -> None:
     taken = sum(cost[name][bits] for name, bits in chosen.items())
     print(f"{arguments.budget}: {taken:.6g} of {limit:.6g}")
     print(f'--config.student.overrides="{overrides(chosen)}"')
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command("allocate_bits", main)

@@ -24,16 +24,24 @@ def results_page() -> str:
         "",
         "Every run logged in `results/`, made into this page by `python scripts/make_docs.py`. Top-1",
         "in percent on all images after the last step; nothing was selected on them. Minutes are wall",
-        "time on the machine named.",
+        "time on the machine named. A run is repeated by its command at its commit: a run whose name",
+        "says so (`before mixup`, `rate 5e-4`, `white noise`) was of an earlier recipe, and the same",
+        "command now runs today's. Where a command names a teacher or images, it is by the last part",
+        "of their path. Figures vary a little from one processor to another, as sums are rounded.",
     ]
     for path in sorted((REPOSITORY / "results").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         rows = [row for row in rows if "student" in row and "command" in row]
         if not rows:
             continue
-        lines += ["", f"## {path.stem}", "", "| run | bits | placement | teacher | student | drop | images | minutes |"]  # fmt: skip
-        lines += ["|---|---|---|---|---|---|---|---|", *(_row(row) for row in rows), "", "```text"]
-        lines += [row["command"] for row in rows]
+        lines += ["", f"## {path.stem}", "", "| run | bits | placement | teacher | student | drop | images | minutes | commit |"]  # fmt: skip
+        lines += [
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_row(row) for row in rows),
+            "",
+            "```text",
+        ]
+        lines += dict.fromkeys(_command(row) for row in rows)
         lines += ["```", "", f"Machine: {', '.join(sorted({row['machine'] for row in rows}))}."]
     return "\n".join(lines) + "\n"
 
@@ -44,8 +52,24 @@ def _row(row: dict[str, Any]) -> str:
     return (
         f"| {row['cell']} | W{row['weight_bits']}A{row['act_bits']} | {row['placement']} | "
         f"{number(row['teacher']['top1'])} | {number(row['student']['top1'])} | "
-        f"{number(row['drop'])} | {row['images']:,} | {minutes:.1f} |"
+        f"{number(row['drop'])} | {row['images']:,} | {minutes:.1f} | {row.get('commit', '-')} |"
     )
+
+
+def _command(row: dict[str, Any]) -> str:
+    """The logged one, with the files it was given by name."""
+    settings = row.get("settings", {})
+    flags = [
+        f"--config.{field}={settings[name]}"
+        for name, field in (
+            ("teacher_path", "teacher.path"),
+            ("data_path", "data.path"),
+            ("train_path", "data.train_path"),
+        )
+        if settings.get(name) not in (None, "", "digits")
+        and f"--config.{field}=" not in row["command"]
+    ]
+    return " ".join([row["command"], *flags])
 
 
 PAGES = {"configuration.md": markdown, "results.md": results_page}

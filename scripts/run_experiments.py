@@ -169,8 +169,7 @@ SUITES = {
 """Suite -> config and {cell: flags}."""
 
 
-def main() -> None:
-    """Parses the command line and runs the suite's missing cells."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=sorted(SUITES), required=True)
     parser.add_argument("--teacher", help="converted teacher; default: the config's")
@@ -181,7 +180,20 @@ def main() -> None:
     parser.add_argument("--runs", default="runs", type=Path, help="where run directories go")
     parser.add_argument("--jobs", default=1, type=int, help="runs at a time")
     parser.add_argument("--only", help="cells whose name holds this text")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Runs the suite's missing cells; returns 0, or 2 after a message on standard error."""
+    arguments = _parser().parse_args()
+    for option, place in (("--data", arguments.data), ("--train-data", arguments.train_data)):
+        if place and not Path(place).is_dir():
+            print(f"{option}: found no directory {place}, expected a folder of labelled images",
+                  file=sys.stderr)  # fmt: skip
+            return 2
+    if arguments.jobs < 1:
+        print(f"--jobs: found {arguments.jobs}, expected a number from 1 up", file=sys.stderr)
+        return 2
     config, cells = SUITES[arguments.suite]
     arguments.out, arguments.runs = arguments.out.resolve(), arguments.runs.resolve()
     name = "_".join(part for part in (arguments.suite, arguments.label) if part)
@@ -229,8 +241,20 @@ def main() -> None:
     if not arguments.train_data:
         missing = [cell for cell in missing if REAL[0] not in cells[cell]]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(run, c) for c in missing]):
-            future.result()
+        futures = [pool.submit(run, cell) for cell in missing]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except RunFailed as error:
+            for future in futures:
+                future.cancel()
+            print(f"run_experiments: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+class RunFailed(RuntimeError):
+    """A cell's command ended with another exit code than 0; the message holds its last lines."""
 
 
 def _workdir_name(cell: str) -> str:
@@ -268,16 +292,20 @@ def _processor_shares(jobs: int) -> queue.Queue[set[int]]:
 
 def _run(flags: list[str], workdir: Path, processors: set[int]) -> None:
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    with open(workdir.parent / f"{workdir.name}.log", "a", encoding="utf-8") as output:
+    log = workdir.parent / f"{workdir.name}.log"
+    with open(log, "a", encoding="utf-8") as output:
         command = [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *flags]
-        subprocess.run(
+        code = subprocess.run(
             command,
             cwd=REPOSITORY,
             stdout=output,
             stderr=subprocess.STDOUT,
-            check=True,
+            check=False,
             preexec_fn=lambda: os.sched_setaffinity(0, processors),
-        )
+        ).returncode
+    if code:
+        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-6:])
+        raise RunFailed(f"{workdir.name} ended with exit code {code}, its log is {log}:\n{last}")
 
 
 def _commit(repository: Path) -> str:
@@ -305,4 +333,4 @@ def _machine() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -142,12 +142,22 @@ def test_the_package_stays_light():
         _ = lrq_jax.apy
 
 
-def test_the_readmes_five_lines_run_as_they_stand(tiny_run, tmp_path, monkeypatch):
-    """The teacher and the images are tiny ones, the schedule as well; the lines are the README's."""
-    pytest.importorskip("onnxruntime")
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def snippet_of(page):
+    """The page's one block of Python that uses the library."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(from lrq_jax import api\n.*?)```", text, re.DOTALL)
-    assert len([line for line in snippet.splitlines() if line.strip()]) == 5
+    return snippet
+
+
+def test_the_readme_needs_five_lines():
+    assert len([line for line in snippet_of("README.md").splitlines() if line.strip()]) == 5
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_documented_lines_of_the_library_run_as_they_stand(page, tiny_run, tmp_path, monkeypatch):
+    """The teacher and the images are tiny ones, the schedule as well; the lines are the page's."""
+    pytest.importorskip("onnxruntime")
+    snippet = snippet_of(page)
     result, data, _ = tiny_run
     monkeypatch.chdir(tmp_path)
     real = api.quantize
@@ -165,6 +175,16 @@ def test_the_readmes_five_lines_run_as_they_stand(tiny_run, tmp_path, monkeypatc
     monkeypatch.setattr(api, "load_teacher", lambda path: tiny_teacher())
     monkeypatch.setattr(api, "load_data", lambda path: data)
     names = {}
-    exec(compile(snippet, "README.md", "exec"), names)
+    exec(compile(snippet, page, "exec"), names)
     assert calls[0]["weight_bits"] == 4
     assert (tmp_path / "exported" / "model.onnx").is_file()
+
+
+def test_the_documented_callback_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    real = api.quantize
+    fields = {**TINY_FIELDS, "steps": 1, "method.batch_size": 8}
+    monkeypatch.setattr(api, "quantize", lambda *a, **options: real(*a, fields=fields, **options))
+    exec(compile(snippet_of("docs/howto.md"), "docs/howto.md", "exec"), {})
+    assert "training 1 1 {" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "digits" / "report.json").is_file()

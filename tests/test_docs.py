@@ -37,6 +37,7 @@ COVERED = {
     r"python -m pytest .*": ".ci/run",
     r"ruff check \. && ruff format --check \. && mypy -p lrq_jax": ".ci/run",
     r"mkdocs build --strict": "test_the_site_is_built_without_a_network, .ci/run",
+    r"mkdocs serve": "its server alone: what it shows is built as above",
     r"python -m lrq_jax\.main.* --(list|fields|estimate)": "tests/test_terminal.py",
     r"python -m lrq_jax\.main.*": "tests/test_documented_runs.py; flags parsed here",
     r"python scripts/convert_teacher\.py .*": "tests/test_documented_runs.py; flags parsed here",
@@ -44,6 +45,8 @@ COVERED = {
     r"python scripts/allocate_bits\.py .*": "tests/test_documented_runs.py",
     r"python scripts/check_onnx_families\.py .*": "by hand: it reads every network known",
     r"python scripts/make_docs\.py": "tests/test_terminal.py",
+    r"python benchmarks/\w+\.py.*": "hours; flags parsed here, parts run in tests/test_benchmarks.py",
+    r"python scripts/(train_digits_teacher|run_experiments|allocate_bits)\.py": "named only; tests/test_documented_runs.py",
     r"python -m lrq_jax\.reference": "tests/test_terminal.py",
     r"tensorboard --logdir .*": "another project's command; the events are read in test_main.py",
 }
@@ -57,10 +60,23 @@ def commands(page):
     outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.splitlines()]
     lines += re.findall(
-        r"^    ((?:pip|python|python3|ruff|mkdocs|\.ci)\b.*)$", outside, re.MULTILINE
+        r"^    ((?:[A-Z_]+=\S+ +)*(?:pip|python|python3|ruff|mkdocs|\.ci)\b.*)$",
+        outside,
+        re.MULTILINE,
     )
-    lines += re.findall(r"`(python (?:-m|scripts)[^`]*)`", outside)
+    lines += re.findall(
+        r"`((?:[A-Z_]+=\S+ )*(?:python3? (?:-m|\S+\.py)|mkdocs |ruff |pip )[^`]*)`", outside
+    )
+    lines += [
+        f"python {found}"
+        for found in re.findall(r"`((?:benchmarks|scripts)/\w+\.py[^`]*)`", outside)
+    ]
     return [" ".join(line.partition("  #")[0].split()) for line in lines if line.strip()]
+
+
+def without_environment(line):
+    """The command behind `NAME=value` words."""
+    return re.sub(r"^(?:[A-Z_]+=\S+ +)+", "", line)
 
 
 DOCUMENTED = [(page, line) for page in PAGES for line in commands(page)]
@@ -75,7 +91,7 @@ def test_there_are_documented_commands():
 
 @pytest.mark.parametrize("line", sorted({line for _, line in DOCUMENTED}))
 def test_each_command_is_run_by_something(line):
-    for part in re.split(r" && (?=python -m (?:lrq_jax|pytest))", line):
+    for part in re.split(r" && (?=python -m (?:lrq_jax|pytest))", without_environment(line)):
         module = re.match(r"python -m (lrq_jax\.\w+)", part)
         if module and module[1] in RUN_HERE:
             continue
@@ -111,6 +127,37 @@ def test_flags_of_the_converter_exist(line):
 
     parser = runpy.run_path(str(REPOSITORY / "scripts" / "convert_teacher.py"))["_parser"]()
     assert parser.parse_args(shlex.split(line)[2:]).source
+
+
+PARSED = sorted(
+    {
+        found[0]
+        for line in [line for _, line in DOCUMENTED]
+        + [line for file in (REPOSITORY / "benchmarks").glob("*.py") for line in commands(file)]
+        if (
+            found := re.search(
+                r"python (?:benchmarks/(?!joint_worker)|scripts/(?:run|allocate))\S*\.py.*", line
+            )
+        )
+    }
+)
+
+
+@pytest.mark.parametrize("line", PARSED)
+def test_flags_of_benchmarks_and_experiments_exist(line, monkeypatch):
+    import runpy
+
+    script, *flags = shlex.split(line.replace("--suite SUITE", "--suite fast"))[1:]
+    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "benchmarks"), *sys.path])
+    parser = runpy.run_path(str(REPOSITORY / script))["_parser"]()
+    if flags:  # else the script is named only
+        parser.parse_args([flag for flag in flags if flag != "[...]"])
+
+
+def test_the_benchmarks_own_usage_is_among_what_is_parsed():
+    assert len(PARSED) > 12
+    assert any("joint_step.py --compiled" in line for line in PARSED)
+    assert any("run_experiments.py --suite fast" in line for line in PARSED)
 
 
 @pytest.fixture(scope="module")

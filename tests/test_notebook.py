@@ -120,9 +120,52 @@ def test_the_second_parts_settings_are_ones_the_config_admits():
 
     fake = Fake()
     fake.quantize = quantize
-    names = {"CHECKPOINT": "x.pth", "R18_STEPS": 2000, "api": fake, "show": print,
+    names = {"CHECKPOINT": "x.pth", "R18_STEPS": 2000, "api": fake, "show_images_of": str,
              "CONFIGS": REPOSITORY / "configs"}  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         exec(compile(cell, "notebook", "exec"), names)
     assert seen["method"].steps == 2000
     assert seen["method"].conditioning == "batch_norm"  # the ImageNet column
+    assert seen["others"]["callback"] == seen["others"]["workdir"] == "runs/r18"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize(
+    ("place", "found"), [("lrq_jax_clone", "lrq_jax_clone"), ("..", ".."), ("mine", "mine")]
+)
+def test_the_configs_are_the_clones_after_a_restart_too(
+    tmp_path, monkeypatch, installed, place, found
+):
+    """The first cell again, in a kernel that has or has not the package installed by then."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    (cell,) = [source(cell) for cell in cells if "REPOSITORY = " in source(cell)]
+    here = tmp_path / "notebooks"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    clone = here / place
+    (clone / "configs").mkdir(parents=True)
+    (clone / "pyproject.toml").touch()
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed or None)
+    if place == "mine":
+        cell = cell.replace('REPOSITORY = ""', 'REPOSITORY = "mine"')
+    names = {}
+    exec(compile(cell, "notebook", "exec"), names)
+    assert names["CONFIGS"] == Path(found) / "configs"
+    assert [command[1:4] for command in commands] == [["-m", "pip", "install"]] * (not installed)
+
+
+def test_a_fresh_machine_clones_the_address_it_was_given(tmp_path, monkeypatch):
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    (cell,) = [source(cell) for cell in cells if "REPOSITORY = " in source(cell)]
+    (tmp_path / "content").mkdir()
+    monkeypatch.chdir(tmp_path / "content")
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="set REPOSITORY"):
+        exec(compile(cell, "notebook", "exec"), {})
+    cell = cell.replace('REPOSITORY = ""', 'REPOSITORY = "https://example.org/lrq_jax"')
+    exec(compile(cell, "notebook", "exec"), {})
+    assert [command[:2] for command in commands] == [["git", "clone"], [sys.executable, "-m"]]

@@ -3,7 +3,10 @@
 import json
 import runpy
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "run_experiments.py"))
 pool_of = SCRIPT["_pool_of"]
@@ -65,3 +68,37 @@ def test_logs_that_runs_write_do_not_make_the_commit_dirty(tmp_path):
     assert commit_of(tmp_path) == clean
     (tmp_path / "code.py").write_text("2")
     assert commit_of(tmp_path) == f"{clean}-dirty"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "nowhere"], ["--data: found no directory nowhere"]),
+        (["--teacher", "nowhere", "--only", "squant"], ["exit code 2", "its log is", "found no teacher"]),
+    ],
+)  # fmt: skip
+def test_a_cell_that_cannot_run_ends_in_a_message(tmp_path, flags, words):
+    script = Path(__file__).parents[1] / "scripts" / "run_experiments.py"
+    command = [sys.executable, script, "--suite", "ingredients", "--out", "out", "--runs", "runs"]
+    result = subprocess.run(
+        command + flags, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    for text in words:
+        assert text in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out" / "ingredients.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--teacher", "nowhere"], "found no teacher"),
+        (["--teacher", "digits", "--average-bits", "40"], "--average-bits: found 40, expected"),
+    ],
+)
+def test_bits_that_cannot_be_given_are_refused(monkeypatch, capsys, flags, words):
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "allocate_bits.py"))
+    monkeypatch.setattr(sys, "argv", ["allocate_bits.py", *flags])
+    assert script["main"]() == 2
+    assert words in capsys.readouterr().err
