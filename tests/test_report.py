@@ -229,6 +229,13 @@ def test_without_a_run_the_command_says_what_makes_one(tmp_path, monkeypatch, ca
     assert len(error.splitlines()) <= 3
 
 
+def test_an_export_has_no_page_of_a_run(tiny_run, tmp_path, capsys):
+    tiny_run[0].export(tmp_path / "out", targets=("orbax",))
+    assert command.main([str(tmp_path / "out")]) == 2
+    assert "found an export, expected the directory of the run" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
 # --- in a real browser ---------------------------------------------------------------------------
 
 

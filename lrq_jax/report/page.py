@@ -14,7 +14,7 @@ import numpy as np
 
 from lrq_jax.data import Preprocessing
 from lrq_jax.report import plots
-from lrq_jax.report_file import read_report
+from lrq_jax.report_file import REPORT, read_object, read_report
 from lrq_jax.run_directory import ARRAYS, METRICS, PAGE
 
 _GRIDS = 4
@@ -30,9 +30,15 @@ def write_page(run: str | Path, preprocessing: Preprocessing | None = None) -> P
 
     Raises:
       FileNotFoundError: no finished run there.
+      ValueError: an export, or a report that cannot be read.
     """
     run = Path(run)
     report = read_report(run)
+    if "run" in read_object(run / REPORT):
+        raise ValueError(
+            f"{run}: found an export, expected the directory of the run it was made from; an "
+            "export's own page is its README.md"
+        )
     text = render("run.html", report=report, pictures=_pictures(run, report, preprocessing))
     path = run / PAGE
     temporary = path.with_name(f".{PAGE}.new")
