@@ -182,7 +182,7 @@ def fast(*, large_images: bool) -> Preset:
     The parts: images matched to the batch norms' relative statistics, over frequencies that fall as
     those of photographs do (`coloured`); ranges by the smallest
     `|error|^2.4` (BRECQ); learned step sizes and clip mask (LSQ); the teacher's soft outputs and
-    no labels (AIT, arXiv 2203.17008); a few hundred images suffice, since they are only ever seen
+    no labels (AIT, arXiv 2203.17008); a thousand images suffice, since they are only ever seen
     moved, mirrored and mixed in pairs (mixup, arXiv 1710.09412). `docs/accuracy.md` says what each part bought.
     """
     method = Method(
@@ -204,9 +204,9 @@ def fast(*, large_images: bool) -> Preset:
         student_weight_decay=0.0,
         augmentation="crop_flip" if large_images else "shift_flip",
         mixup=1.0,
-        noise_batches=8 if large_images else 4,
+        noise_batches=8,
         noise_batch_size=32 if large_images else 128,
-        noise_iterations=250,
+        noise_iterations=250 if large_images else 125,
         noise_learning_rate=0.1,
         noise_beta1=0.9,
         noise_schedule="cosine",

@@ -119,7 +119,7 @@ TEN_MINUTES = {
     ],
 }
 """Preset -> a schedule of 10 minutes, evaluation apart, on one processor (AMD Zen 5) for ResNet-20 at
-32 px, beside one of the same size on another. A pool of 512 images, as `fast` has, is made in 3.6 of
+32 px, beside one of the same size on another. A pool of 512 images, half of `fast`'s, is made in 3.6 of
 them; Genie's 256, through a generator, in 3.7."""
 _LEFT_OUT = {"command", "layers", "batch_norms", "histogram", "disagreements", "synthetic"}
 """Of a report: what is long, and the command with this machine's paths."""
