@@ -78,6 +78,7 @@ def run_settings(case: Case) -> tuple[Any, Any]:
 
     graph = build_network(case.network)
     config = base_config()
+    config.method.preset = "lrq"
     config.method.batch_size, config.method.attention = case.batch, case.attention
     config.student.placement, config.precision = case.placement, case.precision
     config.student.weight_bits = config.student.act_bits = case.bits

@@ -18,6 +18,7 @@ from lrq_jax.config import base_config
 def get_config() -> ConfigDict:
     """See the module docstring."""
     config = base_config()
+    config.method.preset = "lrq"
     config.teacher.path = "teachers/r18"
     config.data.path = ""  # a folder of labelled images; empty: nothing is evaluated
     config.checkpoint_every = 1000

@@ -16,6 +16,7 @@ from lrq_jax.config import base_config, short_schedule
 def get_config() -> ConfigDict:
     """See the module docstring."""
     config = short_schedule(base_config(), steps=400)
+    config.method.preset = "lrq"
     config.student.act_observer = config.student.weight_observer = "smallest_error"
     config.teacher.path = "teachers/r20_cifar10"
     config.data.path = ""  # a folder of labelled images; empty: nothing is evaluated

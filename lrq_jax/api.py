@@ -165,8 +165,8 @@ def quantize(teacher: Teacher | str | Path, *, config: ConfigDict | str | Path |
 
     Args:
       teacher: of `load_teacher`, or what that takes.
-      config: a config or a file with `get_config()`; None: `lrq_jax.config.get_config()`, a
-        schedule of minutes.
+      config: a config or a file with `get_config()`; None: `lrq_jax.config.get_config()`, our
+        method of minutes (preset `fast`).
       preset: a name in `lrq_jax.presets.PRESETS`; this and the next three: None keeps the config's.
       weight_bits, act_bits: 2 to 8.
       steps: training steps; 0: calibrate ranges and report.

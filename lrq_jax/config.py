@@ -71,7 +71,7 @@ class RunSettings:
 
 
 def base_config() -> ConfigDict:
-    """The embedded default: digits, W4A4, preset `lrq` with its published schedule."""
+    """The embedded default: digits, W4A4, preset `fast`."""
     from ml_collections import ConfigDict, config_dict
 
     def unset(owner: type, names: Iterable[str]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def base_config() -> ConfigDict:
                 "train_images": 1024,
             },
             "student": {**dataclasses.asdict(QuantSpec()), **unset(QuantSpec, METHOD_FIELDS)},
-            "method": {"preset": "lrq", **unset(Method, ours)},
+            "method": {"preset": "fast", **unset(Method, ours)},
             "steps": config_dict.placeholder(int),
             "seed": 0,
             **dataclasses.asdict(DEFAULT_RESOURCES),
@@ -138,7 +138,7 @@ def short_schedule(config: ConfigDict, *, steps: int, warmup_steps: int = 200) -
 
 def get_config() -> ConfigDict:
     """The embedded default: `configs/digits.py`, and what runs without `--config`."""
-    return short_schedule(base_config(), steps=300)
+    return base_config()
 
 
 def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:

@@ -66,6 +66,11 @@ def _bits(weights: int, activations: int) -> list[str]:
     return [f"--config.student.weight_bits={weights}", f"--config.student.act_bits={activations}"]
 
 
+DIGITS = {
+    **{f"W4A4 seed {seed}": [f"--config.seed={seed}"] for seed in (0, 1, 2)},
+    "W4A4 ranges only": ["--config.steps=0"],
+    "W3A3 seed 0": _bits(3, 3),
+}
 REAL = ["--config.method.images=folder"]
 POLICY_R = ["--config.student.policy=R"]
 FAST = {
@@ -157,14 +162,8 @@ SUITES = {
         "configs/r20_cifar100.py",
         {"lrq seed 0": [], "lrq ranges only": ["--config.steps=0"]},
     ),
-    "digits": (
-        "configs/digits.py",
-        {
-            **{f"W4A4 seed {seed}": [f"--config.seed={seed}"] for seed in (0, 1, 2)},
-            "W4A4 ranges only": ["--config.steps=0"],
-            "W3A3 seed 0": ["--config.student.weight_bits=3", "--config.student.act_bits=3"],
-        },
-    ),
+    "digits": ("configs/digits.py", DIGITS),
+    "digits_lrq": ("configs/digits_lrq.py", DIGITS),
 }
 """Suite -> config and {cell: flags}."""
 

@@ -92,6 +92,7 @@ def naive_conv2d():
 
 
 TINY_FIELDS = {
+    "method.preset": "lrq",
     "method.batch_size": 16,
     "method.attention": "none",  # large kernels take long to compile
     "method.warmup_steps": 2,

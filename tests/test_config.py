@@ -108,6 +108,13 @@ OTHER_VALUES = {
 }
 
 
+def lrq_config():
+    """The default with LRQ's preset and its published schedule."""
+    config = base_config()
+    config.method.preset = "lrq"
+    return config
+
+
 def set_field(config, name, value):
     """`config.a.b = value` for the name `a.b`."""
     *groups, field = name.split(".")
@@ -153,7 +160,8 @@ def test_a_value_of_another_type_is_refused(name):
 def test_configs_do_not_share_state():
     base_config().method.batch_size = 3
     assert base_config().method.batch_size is None
-    assert get_config().steps is not None
+    get_config().steps = 3
+    assert get_config().steps is None
     assert base_config().steps is None
 
 
@@ -199,7 +207,7 @@ def test_every_field_of_the_method_can_be_set_and_is_the_presets_when_it_is_not(
 
 
 def test_steps_are_the_configs_or_else_the_presets():
-    config = base_config()
+    config = lrq_config()
     assert resolve(config, image_size=32).method.steps == 80_000
     config.method.preset = "lrq_released"
     assert resolve(config, image_size=32).method.steps == 30_200
@@ -249,7 +257,7 @@ def test_the_quantizers_of_a_method_are_the_presets_unless_set(preset_name):
 
 
 def test_the_image_size_picks_the_presets_column():
-    config = base_config()
+    config = lrq_config()
     assert LARGE_IMAGE == 64
     for size, batch in ((16, 200), (32, 200), (64, 200), (65, 16), (224, 16)):
         assert resolve(config, image_size=size).method.batch_size == batch
@@ -259,7 +267,7 @@ def test_the_image_size_picks_the_presets_column():
 
 
 def test_settings_carry_every_other_field_and_hash():
-    config = base_config()
+    config = lrq_config()
     config.teacher.path, config.data.path, config.data.split = "t", "p", "s"
     config.data.name = ""
     config.student.weight_bits, config.student.overrides = 3, ("conv1=w6a8",)
@@ -422,7 +430,7 @@ def test_settings_carry_every_other_field_and_hash():
     ],
 )
 def test_an_impossible_value_is_refused_by_name(name, value):
-    config = base_config()
+    config = lrq_config()
     set_field(config, name, value)
     with pytest.raises(ValueError, match=r"found .*expected") as refusal:
         resolve(config, image_size=16)
@@ -434,7 +442,7 @@ def test_an_impossible_value_is_refused_by_name(name, value):
 
 
 def test_a_calibration_outside_the_warmup_is_refused_with_the_way_out():
-    config = base_config()
+    config = lrq_config()
     config.method.warmup_steps = 10
     with pytest.raises(ValueError, match=r"0 \+ 800 .*warm-up of 10 .*calibration_steps"):
         resolve(config, image_size=16)
@@ -491,6 +499,7 @@ def test_the_digits_config_is_what_runs_without_one():
     settings = resolve(get_config(), image_size=16)
     assert (settings.teacher_path, settings.data_name) == ("digits", "digits")
     assert (settings.student.weight_bits, settings.student.act_bits) == (4, 4)
+    assert settings.preset == "fast"
 
 
 def test_the_short_schedule_ends_its_calibration_with_the_warmup():
@@ -519,12 +528,12 @@ def test_differences_name_nested_fields_old_and_new():
 
 def test_every_setting_is_told_apart():
     """Any one changed field shows, alone, in the differences of two runs' settings."""
-    base = base_config()
+    base = lrq_config()
     base.method.warmup_steps = 6000
     old = resolve(base, image_size=16).to_dict()
     kinds = typing.get_type_hints(Method)
     for name, value in OTHER_VALUES.items():
-        config = base_config()
+        config = lrq_config()
         config.method.warmup_steps = 6000
         config.method[name] = value
         lines = differences(old, resolve(config, image_size=16).to_dict())

@@ -24,6 +24,7 @@ REPOSITORY = Path(__file__).parents[1]
 STEPS, WARMUP = 24, 4
 LOST, REFUSED = 4, 2  # exit codes of lrq_jax.main, whose import reads the command line
 TINY_RUN = (
+    f"--config={REPOSITORY / 'configs' / 'digits_lrq.py'}",
     "--config.data.name=",
     f"--config.steps={STEPS}",
     f"--config.method.warmup_steps={WARMUP}",

@@ -186,9 +186,9 @@ def test_bits_are_given_to_layers_as_it_is_written(clone):
 
 
 def test_a_suite_of_experiments_files_each_report_once(clone):
-    line = "python scripts/run_experiments.py --suite digits --out results --only 'ranges only'"
+    line = "python scripts/run_experiments.py --suite digits_lrq --out results --only 'ranges only'"
     assert "W4A4 ranges only: drop" in run(line, clone)
     assert not run(line, clone)  # the cell is there
-    (entry,) = (clone / "results" / "digits.jsonl").read_text().splitlines()
+    (entry,) = (clone / "results" / "digits_lrq.jsonl").read_text().splitlines()
     assert json.loads(entry)["cell"] == "W4A4 ranges only"
     assert json.loads(entry)["student"]["top1"] > 50

@@ -92,9 +92,18 @@ def test_memory_that_really_is_not_there_is_told_from_a_fault():
     assert "method.batch_size" in endings.shortage(caught.value)
 
 
+LISTENING = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("lrq_jax.main", run_name="__main__", alter_sys=True)
+"""
+"""The command, also where the tests run in the background of a shell, which ignores Ctrl-C there."""
+
+
 def test_ctrl_c_ends_a_run_in_one_line_and_the_same_command_resumes(tmp_path):
     command = [
-        sys.executable, "-m", "lrq_jax.main", f"--workdir={tmp_path / 'run'}",
+        sys.executable, "-c", LISTENING, f"--workdir={tmp_path / 'run'}",
+        f"--config={REPOSITORY / 'configs' / 'digits_lrq.py'}",
         "--config.steps=1000000", "--config.method.warmup_steps=1",
         "--config.method.calibration_start=0", "--config.method.calibration_steps=1",
         "--config.method.batch_size=2", "--config.method.generator_width=8",

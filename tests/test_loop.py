@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
 
 REPOSITORY = Path(__file__).parents[1]
 TINY_RUN = (
+    f"--config={REPOSITORY / 'configs' / 'digits_lrq.py'}",
     "--config.steps=40",
     "--config.method.warmup_steps=6",
     "--config.method.calibration_start=2",

@@ -16,6 +16,7 @@ from lrq_jax.writers.codes import load_student
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = (
+    f"--config={REPOSITORY / 'configs' / 'digits_lrq.py'}",
     "--config.steps=1",
     "--config.method.warmup_steps=2",
     "--config.method.calibration_start=1",

@@ -38,6 +38,7 @@ def executed(tmp_path_factory):
     pytest.importorskip("onnxruntime")
     cwd = tmp_path_factory.mktemp("notebook") / "notebooks"
     cwd.mkdir()
+    (cwd.parent / "configs").symlink_to(REPOSITORY / "configs")
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     settings = [
         cell for cell in notebook["cells"] if source(cell).startswith("STEPS = 300\nFIELDS")

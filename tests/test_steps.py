@@ -35,6 +35,7 @@ FIRING = {"ama_lower": 1.9}
 def tiny_settings(*, steps=3, **method):
     """Settings of a few steps on a tiny teacher; `method` overrides fields of the Method."""
     config = base_config()
+    config.method.preset = "lrq"
     tiny = {
         "attention": "none",  # large kernels take long to compile
         "batch_size": 16,
