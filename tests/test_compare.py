@@ -32,7 +32,7 @@ def test_the_table_and_the_page_hold_what_the_reports_say(runs, tmp_path, capsys
     assert first.split()[1:4] == ["tiny", "3", "5"]
     assert second.split()[1:4] == ["tiny", "5", "5"]
     assert "1.25" in second
-    assert f"{runs[1]}: method.bns_weight: 1.0 -> 0.75" in printed
+    assert f"{runs[1]}: method.bns_weight: 0.1 -> 0.75" in printed
     assert "careful" not in printed
     page = Page(out.read_text(encoding="utf-8"))
     reports = [json.loads((run / "report.json").read_text()) for run in runs]

@@ -173,7 +173,7 @@ def test_an_onnx_file_is_converted_as_it_is_written(clone):
 
 
 def test_bits_are_given_to_layers_as_it_is_written(clone):
-    (line,) = documented(r"python scripts/allocate_bits\.py")
+    (line,) = documented(r"python scripts/allocate_bits\.py --")
     flag = run(line, clone).splitlines()[-1]
     assert flag.startswith("--config.student.overrides=")
     said = run(f"python -m lrq_jax.main --workdir=runs/mixed --config.steps=0 {flag}", clone)
