@@ -40,7 +40,7 @@ def test_the_table_and_the_page_hold_what_the_reports_say(runs, tmp_path, capsys
     for path, value, _ in page.values:
         run, _, field = path.partition("/")
         assert json.loads(value) == compare._value(reports[int(run)], field)
-    assert "bns_weight: 1.0 -> 0.75" in " ".join(page.loose)
+    assert "bns_weight: 0.1 -> 0.75" in " ".join(page.loose)
     assert page.resources == ["data:,"]
 
 
