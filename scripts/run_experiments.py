@@ -108,6 +108,9 @@ FAST_PARTS = {
     "low pass": ["--config.method.noise_low_pass=8.0"],
     "averaged weights": ["--config.method.average_decay=0.99"],
     "inundation": ["--config.method.inundation=0.001"],
+    "equalized": ["--config.method.equalize=True"],
+    "2,000 steps": ["--config.steps=2000"],
+    "higher rate": ["--config.method.student_learning_rate=0.0005"],
 }
 _POOL = ["--config.method.noise_iterations=250"]
 TEN_MINUTES = {
@@ -179,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", default="runs", type=Path, help="where run directories go")
     parser.add_argument("--jobs", default=1, type=int, help="runs at a time")
     parser.add_argument("--only", help="cells whose name holds this text")
+    parser.add_argument(
+        "--flags", default="", help="added to every cell; give --label a name for it"
+    )
     return parser
 
 
@@ -210,7 +216,7 @@ def main() -> int:
 
     def run(cell: str) -> None:
         workdir = arguments.runs / name / _workdir_name(cell)
-        flags = [f"--config={config}", *cells[cell]]
+        flags = [f"--config={config}", *cells[cell], *arguments.flags.split()]
         files = list(inputs)
         if REAL[0] in flags:
             files.append(f"--config.data.train_path={Path(arguments.train_data).resolve()}")
@@ -260,17 +266,26 @@ def _workdir_name(cell: str) -> str:
     return cell.replace(" ", "_").replace(",", "")
 
 
+_OF_IMAGES = (
+    "--config.seed",
+    "--config.method.preset",
+    "--config.method.noise_",
+    "--config.method.ama_",
+    "--config.method.attention",
+    "--config.method.latent_dim",
+)
+"""How a flag starts on which the images of a pool depend; a run given another pool refuses it."""
+
+
 def _pool_of(cell: str, cells: dict[str, list[str]], workdir: Path) -> Path | None:
-    """A finished run of the suite with noise images that this cell can take: its flags differ in
-    the student's alone. The one it took before, if it is a second start."""
+    """A finished run of the suite with noise images that this cell can take: the flags that say
+    how images are made are the same. The one it took before, if it is a second start."""
     own = workdir / "config.json"
     if own.exists():
         return json.loads(own.read_text())["pool_path"] or None
 
     def recipe(flags: list[str]) -> set[str]:
-        return {flag for flag in flags if not flag.startswith("--config.student.")} - {
-            "--config.seed=0"
-        }
+        return {flag for flag in flags if flag.startswith(_OF_IMAGES)} - {"--config.seed=0"}
 
     for other, flags in cells.items():
         run = workdir.parent / _workdir_name(other)

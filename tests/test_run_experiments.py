@@ -15,6 +15,7 @@ CELLS = {
     "W4A4 seed 0": ["--config.seed=0"],
     "W4A4 seed 1": ["--config.seed=1"],
     "W3A3": ["--config.student.weight_bits=3", "--config.student.act_bits=3"],
+    "averaged": ["--config.method.average_decay=0.99", "--config.steps=9"],
     "more images": ["--config.method.noise_batches=9"],
 }
 
@@ -24,7 +25,7 @@ def finish(run, *, pool=True):
     (run / "report.json").write_text("{}")
 
 
-def test_images_are_shared_by_cells_that_differ_in_the_student_alone(tmp_path):
+def test_images_are_shared_by_cells_that_differ_in_the_student_and_its_training_alone(tmp_path):
     def found(cell):
         return pool_of(cell, CELLS, tmp_path / cell.replace(" ", "_"))
 
@@ -33,7 +34,7 @@ def test_images_are_shared_by_cells_that_differ_in_the_student_alone(tmp_path):
     finish(tmp_path / "W4A4_seed_1")
     assert found("W3A3") is None  # another recipe, another seed
     finish(tmp_path / "W4A4_seed_0")
-    assert found("W3A3") == tmp_path / "W4A4_seed_0"
+    assert found("W3A3") == found("averaged") == tmp_path / "W4A4_seed_0"
     assert found("more images") == tmp_path / "more_images"
 
 
