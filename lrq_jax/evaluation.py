@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from lrq_jax.data import Batch, EvalData, Preprocessing, batches
+from lrq_jax.ops.by_platform import tracing_for
 from lrq_jax.sharding import split_batch
 
 Forward = Callable[[jax.Array], jax.Array]
@@ -56,10 +57,9 @@ def evaluate(forwards: dict[str, Forward], data: EvalData, preprocessing: Prepro
     tally = Tally(tuple(forwards), data.name, num_classes)
     for batch in batches(data, preprocessing, batch_size=batch_size):
         pixels = jax.device_put(batch.images, split_batch(mesh))
-        tally.add(
-            {name: jax.device_get(program(forward, pixels)) for name, forward in partials.items()},
-            batch,
-        )
+        with tracing_for(mesh.devices.flat[0].platform):
+            logits = {name: program(forward, pixels) for name, forward in partials.items()}
+        tally.add(jax.device_get(logits), batch)
     return tally.result()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,6 @@ class RunDirectory:
         were lost and will be repeated, are dropped."""
         if not self._writes:
             return
-        from tensorboardX import SummaryWriter
-
         path = self.path / METRICS
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -134,7 +133,7 @@ class RunDirectory:
             temporary = temporary_path(path)
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(temporary, path)
-        self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        self._events = _summary_writer()(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl and the scalars to the TensorBoard events."""
@@ -173,6 +172,19 @@ class RunDirectory:
         temporary = directory / f".{name}.new"
         grid.save(temporary, format="PNG")
         os.replace(temporary, directory / f"{name}.png")
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's SummaryWriter, imported as if there were no torch: for tensors that it is never
+    given here it imports torch where that is installed, which takes seconds."""
+    hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(hidden)
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return SummaryWriter
 
 
 def _step_of(line: str) -> float:

@@ -1,6 +1,8 @@
 """lrq_jax.ops: every fast form against the plain operation, and integers against int64."""
 
+import contextlib
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+import lrq_jax
 from lrq_jax.ops import convolution, depthwise, kernel_gradient, upsample
+from lrq_jax.ops.by_platform import by_platform, platform_form, traced_once, tracing_for
 from lrq_jax.ops.convolution import conv2d, integer_conv2d, integer_dense
 from lrq_jax.ops.depthwise import depthwise_conv
 from lrq_jax.ops.division import divide
@@ -54,10 +58,13 @@ def _assert_close(found, expected):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-4)
 
 
-def _lowered(function, platform, *shapes):
+def _lowered(function, platform, *shapes, known=False):
     """The program a platform would run, as text; needs no such device."""
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    name = "gpu" if platform == "cuda" else platform
+    with tracing_for(name) if known else contextlib.nullcontext():
+        traced = jax.jit(function).trace(*arguments)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 # ---- depthwise ---------------------------------------------------------------------------------
@@ -76,22 +83,10 @@ WINDOWS = {
 }
 
 
-@pytest.fixture(params=["cpu", "cuda", "tpu"])
-def platform(request, monkeypatch):
+@pytest.fixture(params=["cpu", "gpu", "tpu"])
+def platform(request):
     """All forms of whatever is chosen per platform, run on this machine."""
-    if request.param != "cpu":
-        chosen = []
-
-        def other_form(*arguments, cpu, default, **others):
-            chosen.append(cpu)
-            return others.get(request.param, default)(*arguments)
-
-        monkeypatch.setattr(lax, "platform_dependent", other_form)
-        jax.clear_caches()  # of functions that were traced before
-        yield request.param
-        jax.clear_caches()
-        assert chosen, "no other form was taken"
-    else:
+    with tracing_for(request.param):
         yield request.param
 
 
@@ -151,8 +146,40 @@ def test_depthwise_under_jit_and_vmap(rng):
         _assert_close([g[i] for g in many], plain(x[i], kernel))
 
 
+def test_where_the_platform_is_known_its_form_alone_is_traced():
+    traced = []
+
+    def form(name, factor):
+        def function(x):
+            traced.append(name)
+            return factor * x
+
+        return function
+
+    forms = {"cpu": form("cpu", 1.0), "gpu": form("gpu", 2.0), "default": form("default", 3.0)}
+
+    @traced_once()
+    def chosen(x):
+        return by_platform(**forms)(x) + platform_form(x, **forms, tpu=form("tpu", 4.0))
+
+    for platform, names, value in (
+        ("cpu", {"cpu"}, 2.0),
+        ("gpu", {"gpu"}, 4.0),
+        ("tpu", {"default", "tpu"}, 7.0),
+        ("another", {"default"}, 6.0),
+    ):
+        traced.clear()
+        with tracing_for(platform):
+            assert jax.grad(chosen)(1.0) == chosen(1.0) == value
+        assert set(traced) == names
+    traced.clear()  # and none of those traces serves where the platform is not known
+    assert "multiply" in _lowered(chosen, "cuda", ())
+    assert set(traced) == {"cpu", "gpu", "default", "tpu"}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["traced for it alone", "traced for all"])
 @pytest.mark.parametrize("target", ["cpu", "cuda", "tpu"])
-def test_each_platform_is_lowered_to_its_own_form(target):
+def test_each_platform_is_lowered_to_its_own_form(target, known):
     """All grouped convolutions are left on TPUs alone, dilated ones nowhere else, loops on CPUs."""
     window = ((1, 1), ((2, 2), (2, 2)), (1, 1))
 
@@ -162,12 +189,12 @@ def test_each_platform_is_lowered_to_its_own_form(target):
     def upsample_gradients(x, k):
         return jax.grad(lambda x, k: jnp.sum(upsample_conv3x3(x, k) ** 2), (0, 1))(x, k)
 
-    text = _lowered(depthwise_gradients, target, (2, 6, 6, 4), (5, 5, 1, 4))
+    text = _lowered(depthwise_gradients, target, (2, 6, 6, 4), (5, 5, 1, 4), known=known)
     expected = {"cpu": 0, "cuda": 1, "tpu": 3}[target]  # of a GPU the kernel's gradient
     assert text.count("stablehlo.convolution") == expected
     assert ("stablehlo.while" in text) == (target == "cpu")
     window = ((1, 1), ((9, 9), (9, 9)), (3, 3))
-    text = _lowered(depthwise_gradients, target, (2, 6, 6, 4), (7, 7, 1, 4))
+    text = _lowered(depthwise_gradients, target, (2, 6, 6, 4), (7, 7, 1, 4), known=known)
     expected = {"cpu": 0, "cuda": 2, "tpu": 3}[target]  # of a GPU all but the kernel's gradient
     assert text.count("stablehlo.convolution") == expected
     assert (target == "tpu") == (
@@ -177,14 +204,14 @@ def test_each_platform_is_lowered_to_its_own_form(target):
     def convolution_gradients(x, k):
         return jax.grad(lambda x, k: jnp.sum(conv2d(x, k) ** 2), (0, 1))(x, k)
 
-    text = _lowered(convolution_gradients, target, (16, 64, 64, 16), (3, 3, 16, 16))
+    text = _lowered(convolution_gradients, target, (16, 64, 64, 16), (3, 3, 16, 16), known=known)
     assert text.count("stablehlo.convolution") == (10 if target == "cpu" else 3)
-    text = _lowered(upsample_gradients, target, (2, 6, 6, 4), (3, 3, 4, 4))
+    text = _lowered(upsample_gradients, target, (2, 6, 6, 4), (3, 3, 4, 4), known=known)
     assert text.count("stablehlo.convolution") == (0 if target == "cpu" else 3)
     with jax.default_matmul_precision("highest"):
-        text = _lowered(upsample_gradients, target, (2, 6, 6, 4), (3, 3, 4, 4))
+        text = _lowered(upsample_gradients, target, (2, 6, 6, 4), (3, 3, 4, 4), known=known)
     assert text.count("stablehlo.convolution") == (3 if target == "tpu" else 0)
-    text = _lowered(convolution_gradients, target, (2, 6, 6, 27), (3, 3, 27, 3))
+    text = _lowered(convolution_gradients, target, (2, 6, 6, 27), (3, 3, 27, 3), known=known)
     assert text.count("stablehlo.convolution") == (0 if target == "cuda" else 3)
 
 
@@ -538,7 +565,15 @@ def test_round_through_rounds_half_to_even_with_gradient_one():
 
 def test_private_forms_exist_under_the_names_the_tests_take_them_by():
     assert upsample.conv2d is conv2d
-    assert depthwise.lax is lax, "the platform fixture replaces lax.platform_dependent"
+
+
+@pytest.mark.parametrize("part", ["ops", "quantizers", "passes"])
+def test_what_is_traced_once_is_traced_once_a_platform(part):
+    """A trace that plain jit keeps would serve a platform that it holds no form for."""
+    whole = {"by_platform.py", "mixed_precision.py"}  # the latter jits a whole program of its own
+    files = [p for p in (Path(lrq_jax.__file__).parent / part).glob("*.py") if p.name not in whole]
+    assert files
+    assert not [path for path in files if "jax.jit" in path.read_text(encoding="utf-8")]
 
 
 def test_clip_inclusive_clips_with_the_whole_gradient_at_both_ends():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lrq_jax.ops.by_platform import by_platform
+from lrq_jax.ops.by_platform import by_platform, platform_form, traced_once
 from lrq_jax.ops.depthwise import depthwise_conv
 from lrq_jax.ops.kernel_gradient import convolution
 from lrq_jax.ops.products import product_of_windows
@@ -22,10 +22,10 @@ EXACT_FLOAT32 = 2**24
 """Integers below this are exact in float32, and so are sums that stay below it."""
 
 
-@functools.partial(jax.jit, static_argnames=("strides", "padding", "dilation", "groups"))
+@traced_once(static_argnames=("strides", "padding", "dilation", "groups"))
 def conv2d(x: jax.Array, kernel: jax.Array, *, strides: Pair = (1, 1),
            padding: Padding = ((0, 0), (0, 0)), dilation: Pair = (1, 1), groups: int = 1) -> jax.Array:  # fmt: skip
-    """2-D convolution, channels last; traced once a shape.
+    """2-D convolution, channels last.
 
     Args:
       x: `[B, H, W, C]`.
@@ -137,7 +137,7 @@ def exact_convolution(x: jax.Array, kernel: jax.Array, strides: Pair, padding: P
     def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return product_of_windows(x, kernel, strides, padding, dilation, groups)
 
-    return lax.platform_dependent(x, kernel, cpu=plain, tpu=plain, default=product)
+    return platform_form(x, kernel, cpu=plain, tpu=plain, default=product)
 
 
 def _exact_forward(x: jax.Array, kernel: jax.Array, *window: Any) -> tuple[jax.Array, Any]:

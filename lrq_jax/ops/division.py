@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lrq_jax.ops.by_platform import platform_form, traced_once
 from lrq_jax.ops.straight_through import straight_through
 
 
-@jax.jit  # traced once a shape: networks divide hundreds of times
+@traced_once()  # networks divide hundreds of times
 def divide(a: jax.Array, b: jax.Array | float) -> jax.Array:
     """The float32 nearest to `a / b`.
 
@@ -25,7 +26,7 @@ def divide(a: jax.Array, b: jax.Array | float) -> jax.Array:
       The quotient, with the gradient of ordinary division.
     """
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    exact = lax.platform_dependent(
+    exact = platform_form(
         lax.stop_gradient(a), lax.stop_gradient(b), cpu=_hidden_operands, default=_nearest
     )
     return straight_through(exact, a / b)

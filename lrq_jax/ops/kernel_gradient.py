@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lrq_jax.ops.by_platform import platform_form, traced_once
 from lrq_jax.ops.divisors import largest_divisor
 
 CACHED_VALUES = 2**18
@@ -64,7 +65,7 @@ def _forward(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding, d
     return convolution(x, kernel, strides, padding, dilation, groups), (x, kernel)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced once a shape
+@traced_once(static_argnums=(0, 1, 2, 3))
 def _backward(strides: Pair, padding: Padding, dilation: Pair, groups: int,
               residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     x, kernel = residuals
@@ -81,7 +82,7 @@ def _backward(strides: Pair, padding: Padding, dilation: Pair, groups: int,
         return _plain(x, kernel, grad, *window)
 
     (to_images,) = jax.vjp(of_images, x)[1](grad)
-    to_kernel = lax.platform_dependent(x, kernel, grad, cpu=by_parts, default=by_xla)
+    to_kernel = platform_form(x, kernel, grad, cpu=by_parts, default=by_xla)
     return to_images, to_kernel
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lrq_jax.ops.by_platform import by_platform
+from lrq_jax.ops.by_platform import by_platform, traced_once
 from lrq_jax.ops.convolution import conv2d
 
 _PRECISION = "jax_default_matmul_precision"
@@ -17,7 +17,7 @@ def upsample_nearest(x: jax.Array) -> jax.Array:
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
-@jax.jit  # traced once a shape
+@traced_once()
 def upsample_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`conv2d(upsample_nearest(x), kernel, padding 1)` with 2.25 to 4 times fewer products.
 

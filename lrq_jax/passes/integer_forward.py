@@ -18,6 +18,7 @@ from jax import lax
 
 from lrq_jax.graph import INPUT
 from lrq_jax.graph import layers as L
+from lrq_jax.ops.by_platform import platform_form, traced_once
 from lrq_jax.ops.convolution import int8_conv2d, int8_is_fast, integer_conv2d, integer_dense
 from lrq_jax.ops.division import divide
 from lrq_jax.ops.straight_through import clip_inclusive, straight_through
@@ -226,7 +227,7 @@ def _convolved(layer: L.Conv, x: QuantizedTensor, kernel: jax.Array, bias: jax.A
     bits = x.bits
     if not frozen or not int8_is_fast(kernel, layer.groups):
         return over_floats(x, kernel, bias)
-    return lax.platform_dependent(x, kernel, bias, cpu=over_int8, default=over_floats)
+    return platform_form(x, kernel, bias, cpu=over_int8, default=over_floats)
 
 
 @functools.singledispatch
@@ -247,7 +248,7 @@ def _keep_codes(layer: L.Layer, operation: Operation, source: Source, clip_mask:
     return QuantizedTensor(codes, x.parameters, x.bits)
 
 
-@jax.jit  # traced once a shape
+@traced_once()
 def fused_multiply_add(code: jax.Array, factor: jax.Array, addend: jax.Array) -> jax.Array:
     """`code*factor + addend` in float32 with one rounding, for integers |code| <= 256.
 

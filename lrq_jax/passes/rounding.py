@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 
+from lrq_jax.ops.by_platform import traced_once
 from lrq_jax.passes.float_forward import Variables
 from lrq_jax.passes.kernels import weight_ranges
 from lrq_jax.passes.student import Student
@@ -54,7 +53,7 @@ def with_held_ranges(student: Student, variables: Variables) -> Variables:
     return {**variables, "quant": {**quant, "weights": held}}
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "rounding"))
+@traced_once(static_argnames=("bits", "rounding"))
 def _rounded(kernel: jax.Array, limits: Range, *, bits: int, rounding: str) -> jax.Array:
     parameters = weight_parameters(**limits, bits=bits)
     codes = ROUNDINGS[rounding](kernel, parameters, bits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lrq_jax.ops.by_platform import traced_once
 from lrq_jax.quantizers.affine import affine_parameters, dequantize, quantize
 
 Range = dict[str, jax.Array]
@@ -38,7 +38,7 @@ def percentile(x: jax.Array, axes: tuple[int, ...], bits: int, *, tail: float = 
     return {"low": jnp.quantile(x, tail, axes), "high": jnp.quantile(x, 1 - tail, axes)}
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "bits"))  # traced once a shape
+@traced_once(static_argnames=("axes", "bits"))
 def smallest_error(x: jax.Array, axes: tuple[int, ...], bits: int) -> Range:
     """The share of the min-max range with the smallest mean `|x - dequantized|^2.4`.
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lrq_jax.ops.by_platform import tracing_for
 from lrq_jax.sharding import replicated
 
 StepFunction = Callable[..., tuple[Any, dict[str, jax.Array]]]
@@ -52,7 +53,8 @@ def compile_step(step: StepFunction, state: Any, *arguments: Any, mesh: Mesh, co
 
     sharding = replicated(mesh)
     jitted = jax.jit(program, donate_argnums=0, in_shardings=sharding, out_shardings=sharding)
-    return jitted.lower(state, *arguments).compile()
+    with tracing_for(mesh.devices.flat[0].platform):
+        return jitted.lower(state, *arguments).compile()
 
 
 def program_bytes(program: Any) -> int | None:
