@@ -170,7 +170,8 @@ def quantize(teacher: Teacher | str | Path, *, config: ConfigDict | str | Path |
       preset: a name in `lrq_jax.presets.PRESETS`; this and the next three: None keeps the config's.
       weight_bits, act_bits: 2 to 8.
       steps: training steps; 0: calibrate ranges and report.
-      data: labelled images, to report accuracy only; a folder, a dataset's name or `load_data`'s.
+      data: labelled images, to report accuracy only; a folder, a dataset's name or `load_data`'s;
+        None: the config's, by default those of the embedded teacher, and none for others.
       workdir: the run directory.
       fields: any other field of the config, `{"method.batch_size": 64}`.
       callback: is told of progress; see `console.Step`.
@@ -178,7 +179,8 @@ def quantize(teacher: Teacher | str | Path, *, config: ConfigDict | str | Path |
 
     Raises:
       FileNotFoundError: no teacher, config or images there.
-      FileExistsError: `workdir` holds a run with other settings; they are named.
+      FileExistsError: `workdir` holds a run with other settings, which are named, or a finished
+        one measured on other images.
       ValueError: a field there is not, or a value it cannot have.
       TrainingDiverged: a loss stopped being finite.
     """
@@ -192,22 +194,39 @@ def quantize(teacher: Teacher | str | Path, *, config: ConfigDict | str | Path |
     _set_fields(
         chosen_config, {k: v for k, v in chosen.items() if v is not None} | dict(fields or {})
     )
-    place = {"name": "", "path": ""} if data is None or isinstance(data, EvalData) else _place(data)
-    _set_fields(chosen_config, {f"data.{name}": value for name, value in place.items()})
-    if isinstance(teacher, Teacher):
-        chosen_config.teacher.path = teacher.source or teacher.arch
-    else:
-        chosen_config.teacher.path = str(teacher)
+    if data is not None:
+        place = {"name": "", "path": ""} if isinstance(data, EvalData) else _place(data)
+        _set_fields(chosen_config, {f"data.{name}": value for name, value in place.items()})
+    if not isinstance(teacher, Teacher):
         teacher = load_teacher(teacher)
+    chosen_config.teacher.path = teacher.path or teacher.source or teacher.arch
     settings = resolve(chosen_config, image_size=max(teacher.graph.input_shape[:2]))
     precision = getattr(jax.config, _PRECISION)
     try:
         with audience(callback, verbose=verbose):
             found = data if isinstance(data, EvalData) else load_eval_data(settings)
-            report = _quantize(prepare(teacher, settings, found, workdir))
+            job = prepare(teacher, settings, found, workdir)
+            if isinstance(data, EvalData):
+                _check_measured(job.run.report, data, workdir)
+            report = _quantize(job)
     finally:  # a library leaves the caller's own settings alone
         jax.config.update(_PRECISION, precision)
     return _quantized(Path(workdir), report)
+
+
+def _check_measured(report: dict[str, Any] | None, data: EvalData, workdir: str | Path) -> None:
+    """Refuses to pass off a finished run's figures as those of other images, as far as their name
+    and number tell; which they are is no part of a run's settings."""
+    if report is None:
+        return
+    measured, given = (report["data"], report["images"]), (data.name, data.num_examples)
+    if measured != given:
+        name, images = measured if measured[0] else ("none", 0)
+        raise FileExistsError(
+            f"workdir {workdir}: found a finished run that was measured on {images} images "
+            f"({name}), expected the {given[1]} given ({given[0]}); "
+            "load_run(workdir).evaluate(data) measures it on them, another workdir runs it again"
+        )
 
 
 def load_run(path: str | Path) -> Quantized:

@@ -20,7 +20,7 @@ import numpy as np
 from lrq_jax.console import say
 from lrq_jax.data import EvalData, Preprocessing, batches, load_data
 from lrq_jax.endings import fail, run_command
-from lrq_jax.evaluation import Accuracy, Tally
+from lrq_jax.evaluation import Accuracy, Tally, check_data
 from lrq_jax.runtimes import Reference, Runner
 from lrq_jax.runtimes.jax_exported import JaxExportRunner
 from lrq_jax.runtimes.litert import LiteRTRunner
@@ -43,12 +43,13 @@ def evaluate_model(model: str | Path, data: EvalData, *, runtimes: tuple[str, ..
 
     Raises:
       FileNotFoundError: nothing of that kind there.
-      ValueError: an unknown runtime, or a label beyond the network's classes.
+      ValueError: an unknown runtime, or images or labels that are not for this network.
     """
     preprocessing, classes, found = _runners(Path(model))
     unknown = [name for name in runtimes or () if name not in found]
     if unknown:
         raise ValueError(f"runtime: found {unknown}, expected some of {list(found)} for {model}")
+    check_data(data, preprocessing, classes)
     runners = {name: found[name]() for name in runtimes or found}
     tally = Tally(tuple(runners), data.name, classes)
     for batch in batches(data, preprocessing, batch_size=batch_size):

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from lrq_jax.data import Batch, EvalData, Preprocessing, batches
+from lrq_jax.data.pixels import crop
 from lrq_jax.ops.by_platform import tracing_for
 from lrq_jax.sharding import split_batch
 
@@ -31,6 +32,43 @@ class Accuracy:
     agreement: float
     images: int
     disagreements: tuple[tuple[int, int, int], ...] = dataclasses.field(default=(), repr=False)
+
+
+def check_data(data: EvalData, preprocessing: Preprocessing, classes: int) -> None:
+    """Finds out before any work whether the images are ones for a network.
+
+    Args:
+      data: labelled images.
+      preprocessing: what the network expects.
+      classes: how many it tells apart.
+
+    Raises:
+      ValueError: another number of named classes than the network's, a label beyond them, or an image of a wrong
+        size. Where images are resized anyway only the first is read, and labels as far as known.
+    """
+    if data.largest_label is not None and data.largest_label >= classes:
+        raise ValueError(
+            f"data {data.name!r}: found label {data.largest_label}, expected less than the "
+            f"{classes} classes of the network; is it the right dataset for it?"
+        )
+    if data.class_names is not None and len(data.class_names) != classes:
+        raise ValueError(
+            f"data {data.name!r}: found {len(data.class_names)} named classes, expected the "
+            f"{classes} of the network, since names are numbered in alphabetical order; where some "
+            "classes have no images, name the folders by class number or write a labels.csv"
+        )
+    read = 1 if preprocessing.resize is not None else data.num_examples
+    for number in range(read):
+        image, label = data.source[number]
+        try:
+            crop(image, preprocessing)
+        except ValueError as error:
+            raise ValueError(f"data {data.name!r}, image {number}: {error}") from error
+        if not 0 <= label < classes:
+            raise ValueError(
+                f"data {data.name!r}, image {number}: found label {label}, expected 0 to "
+                f"{classes - 1}; is it the right dataset for this network?"
+            )
 
 
 def evaluate(forwards: dict[str, Forward], data: EvalData, preprocessing: Preprocessing, *,
@@ -83,11 +121,11 @@ class Tally:
         Raises:
           ValueError: a label the network has no class for.
         """
-        if batch.labels.max() >= self._num_classes:
+        wrong = (batch.labels < 0) | (batch.labels >= self._num_classes)
+        if wrong.any():
             raise ValueError(
-                f"data {self._data_name!r}: found label {batch.labels.max()}, expected less than "
-                f"the {self._num_classes} classes of the teacher; is it the right dataset for this "
-                "teacher?"
+                f"data {self._data_name!r}: found label {batch.labels[wrong][0]}, expected 0 to "
+                f"{self._num_classes - 1}; is it the right dataset for this network?"
             )
         reference = _best(logits[next(iter(self._counts))])
         self._images += int(batch.mask.sum())

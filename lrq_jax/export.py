@@ -32,7 +32,7 @@ from lrq_jax.bench import bench
 from lrq_jax.bench import table as bench_table
 from lrq_jax.console import say
 from lrq_jax.endings import fail, run_command
-from lrq_jax.exported import CARD, FORMAT, contents, hashes, record, sizes
+from lrq_jax.exported import CARD, FORMAT, contents, hashes, record, run_sha256, sizes
 from lrq_jax.paths import check_can_be_made
 from lrq_jax.report_file import REPORT, read_object, read_report, write_json
 from lrq_jax.verify import verify
@@ -62,11 +62,14 @@ def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] =
     Raises:
       FileNotFoundError: no finished student in `run`.
       FileExistsError: `out` holds files, and is not to be replaced.
-      ValueError: an unknown target or setting, a student that is not integer, damaged files, or
+      ValueError: an unknown target, a setting it cannot have, a student that is not integer, damaged files, or
         an `out` in the run's directory.
       ImportError: a target's package is missing; names the extra.
     """
     run, out = Path(run), Path(out)
+    targets = (targets,) if isinstance(targets, str) else targets
+    if batch is not None and not (isinstance(batch, int) and batch >= 1):
+        raise ValueError(f"batch: found {batch!r}, expected a number from 1 up, or None for any")
     unknown = [target for target in targets if target not in TARGETS]
     if unknown:
         raise ValueError(f"targets: found {unknown}, expected some of {sorted(TARGETS)}")
@@ -80,7 +83,8 @@ def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] =
         "version": __version__,
         "jax": jax.__version__,
         "options": options,
-        "run": _without_places(about),
+        "run": (ran := _without_places(about)),
+        "run_sha256": run_sha256(ran),
         **contents(student, codes),
     }
     place = out.resolve()  # where a link leads

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from lrq_jax.passes import Student
 from lrq_jax.report_file import REPORT, missing_fields, read_object, write_json
-from lrq_jax.writers.codes import load_student, student_sha256
+from lrq_jax.writers.codes import load_student, provenance, student_sha256
 from lrq_jax.writers.model_card import model_card
 from lrq_jax.writers.tables import float32_bytes, is_portable, layer_table, tensor_table
 from lrq_jax.writers.targets import FILES, STUDENT
@@ -79,6 +80,22 @@ def hashes(directory: Path, codes: dict[str, Any]) -> dict[str, str]:
     """
     files = {path.name: sha256(path) for path in _files(directory)}
     return {**files, f"{STUDENT}/": student_sha256(directory / STUDENT, codes)}
+
+
+def run_sha256(run: dict[str, Any]) -> str:
+    """Of what a run reported, figures included, which nothing else in an export can confirm."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
+def claims(directory: Path, student: Student) -> dict[str, Any]:
+    """The part of a run's report that an export's student says too."""
+    spec = ("weight_bits", "act_bits", "policy", "placement")
+    known = provenance(directory / STUDENT)
+    told = ("teacher_sha256", "preset", "seed")
+    return {
+        **{name: getattr(student.spec, name) for name in spec},
+        **{name: known[name] for name in told if name in known},
+    }
 
 
 def sha256(path: Path) -> str:

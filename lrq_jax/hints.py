@@ -54,6 +54,6 @@ def preprocessing_warning(top1: float, *, images: int, num_classes: int,
     )
     if recorded is not None and top1 < recorded - LARGEST_LOSS - error:
         return f"the teacher gets {top1:.2f} % of these images, {recorded:.2f} % are recorded for its file; {ways}"  # fmt: skip
-    if top1 < 2 * chance + min(error, chance):
+    if top1 < chance + min(chance + min(error, chance), (100 - chance) / 2):
         return f"the teacher gets {top1:.2f} % of these images, hardly more than the {chance:.2g} % of guessing; {ways}"  # fmt: skip
     return None

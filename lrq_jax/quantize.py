@@ -17,11 +17,11 @@ from lrq_jax import __version__
 from lrq_jax.config import RunSettings
 from lrq_jax.console import coloured, say
 from lrq_jax.data import EvalData, Preprocessing, load_data
-from lrq_jax.data.pixels import crop
-from lrq_jax.evaluation import Accuracy, evaluate
+from lrq_jax.evaluation import Accuracy, check_data, evaluate
 from lrq_jax.hints import preprocessing_warning
 from lrq_jax.method import Method
 from lrq_jax.passes import Student, float_logits, frozen_logits, student_forward
+from lrq_jax.passes.equalization import equalized
 from lrq_jax.processes import is_first, wait_for_all
 from lrq_jax.readers.teacher import Teacher, teacher_hash
 from lrq_jax.report import Measured, measure, write_page
@@ -36,8 +36,8 @@ from lrq_jax.training.real_pool import training_data
 from lrq_jax.training.steps import StepSpec, final_student
 from lrq_jax.writers.codes import frozen_from_codes, load_student, save_student
 
-_PREVIEWS = range(3)
-"""Seeds of the synthetic images that a finished student is measured on, 40 each."""
+_PREVIEWED = 120
+"""Synthetic images that a finished student is measured on, or all there are."""
 
 _PAIRS = 20
 """Most frequent disagreements that a report lists."""
@@ -147,39 +147,6 @@ def load_eval_data(settings: RunSettings) -> EvalData | None:
     return load_data(name=settings.data_name, path=settings.data_path, split=settings.data_split)
 
 
-def check_data(data: EvalData, teacher: Teacher) -> None:
-    """Finds out now, not after the training, whether the images are ones for this teacher.
-
-    Raises:
-      ValueError: more classes than the teacher has, a label beyond them, or an image of a wrong
-        size. Where images are resized anyway only the first is read, and labels as far as known.
-    """
-    classes = teacher.graph.num_classes
-    if data.largest_label is not None and data.largest_label >= classes:
-        raise ValueError(
-            f"data {data.name!r}: found label {data.largest_label}, expected less than the "
-            f"{classes} classes of the teacher; is it the right dataset for this teacher?"
-        )
-    if data.class_names is not None and len(data.class_names) != classes:
-        raise ValueError(
-            f"data {data.name!r}: found {len(data.class_names)} named classes, expected the "
-            f"{classes} of the teacher, since names are numbered in alphabetical order; where some "
-            "classes have no images, name the folders by class number or write a labels.csv"
-        )
-    read = 1 if teacher.preprocessing.resize is not None else data.num_examples
-    for number in range(read):
-        image, label = data.source[number]
-        try:
-            crop(image, teacher.preprocessing)
-        except ValueError as error:
-            raise ValueError(f"data {data.name!r}, image {number}: {error}") from error
-        if not 0 <= label < classes:
-            raise ValueError(
-                f"data {data.name!r}, image {number}: found label {label}, expected 0 to "
-                f"{classes - 1}; is it the right dataset for this teacher?"
-            )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """A run that was found possible: everything checked that can be before any work."""
@@ -208,10 +175,11 @@ def prepare(teacher: Teacher, settings: RunSettings, data: EvalData | None, work
     """
     spec = step_spec(teacher, settings, data_mesh())
     if data is not None:
-        check_data(data, teacher)
+        check_data(data, teacher.preprocessing, teacher.graph.num_classes)
     config = {**settings.to_dict(), "teacher_sha256": teacher_hash(teacher)}
     if settings.method.images == "folder":
-        check_data(training_data(settings.train_path, count=settings.train_images), teacher)
+        images = training_data(settings.train_path, count=settings.train_images)
+        check_data(images, teacher.preprocessing, teacher.graph.num_classes)
     if settings.pool_path:
         check_pool(settings.pool_path, config)
     run = RunDirectory(workdir, config, writes=is_first())
@@ -268,7 +236,7 @@ def quantize(job: Job) -> dict[str, Any]:
         },
     )
     accuracy = _evaluate(job, student)
-    measured = _measure(job, [loop.preview(state, seed) for seed in _PREVIEWS], student, codes)
+    measured = _measure(job, *loop.preview(state, _PREVIEWED), student, codes)
     run.write_arrays(measured.arrays)
     timings = {**loop.timings, "evaluation and export": time.monotonic() - clock}
     warnings = warnings or _warn(job, accuracy["teacher"] if accuracy else None)
@@ -277,15 +245,17 @@ def quantize(job: Job) -> dict[str, Any]:
     return run.report or {}  # as a second call reads it: tuples are lists in JSON
 
 
-def _measure(job: Job, previews: list[Any], variables: Any, codes: dict[str, Any]) -> Measured:
+def _measure(job: Job, images: np.ndarray, labels: np.ndarray, variables: Any,
+             codes: dict[str, Any]) -> Measured:  # fmt: skip
     """What the report shows of layers and synthetic images."""
-    student = job.spec.student
-    images, labels = (np.concatenate(parts) for parts in zip(*previews, strict=True))
+    student, teacher = job.spec.student, job.teacher.variables
+    if job.spec.method.equalize:  # the same network, its channels scaled as the student's
+        teacher = jax.device_get(equalized(student.graph, teacher))
     return measure(
         student,
         frozen_from_codes(codes) if student.is_integer else variables,
         codes,
-        teacher_variables=job.teacher.variables,
+        teacher_variables=teacher,
         images=images,
         labels=labels,
         data=job.data,

@@ -18,7 +18,7 @@ _GROUPS = ("student", "method", "resources")
 
 
 def command(settings: RunSettings, *, image_size: int) -> str:
-    """A line for a shell: every field that differs from what runs without `--config`.
+    """A line for a shell: the preset, and every field that differs from what runs with it alone.
 
     Args:
       settings: of the run.
@@ -27,7 +27,7 @@ def command(settings: RunSettings, *, image_size: int) -> str:
     config = get_config()
     config.method.preset = settings.preset
     base = resolve(config, image_size=image_size)
-    flags = [f"--config.method.preset={settings.preset}"] * (settings.preset != "lrq")
+    flags = [_flag(PLACES["preset"], settings.preset)]
     for name, value in vars(settings).items():
         if name not in (*_GROUPS, "preset") and value != getattr(base, name):
             flags.append(_flag(PLACES.get(name, name), value))

@@ -15,7 +15,7 @@ import numpy as np
 from lrq_jax.config import differences
 from lrq_jax.data import Preprocessing
 from lrq_jax.paths import make_parents
-from lrq_jax.report_file import CONFIG, REPORT, temporary_path, write_json
+from lrq_jax.report_file import CONFIG, REPORT, read_object, read_report, temporary_path, write_json
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.json"
 ARRAYS, PAGE, STUDENT = "report.npz", "report.html", "student"
@@ -32,6 +32,7 @@ class RunDirectory:
     Raises:
       FileExistsError: the directory holds a run with another config; the fields are named.
       NotADirectoryError: the path is a file, or below one.
+      ValueError: a report or timings that cannot be read; the file is named.
     """
 
     def __init__(self, path: str | Path, config: dict[str, Any], *, writes: bool = True) -> None:
@@ -62,14 +63,12 @@ class RunDirectory:
                 )
             if writes:
                 write_json(self.path / CONFIG, config)
+        _ = self.report, self.timings()  # refused now if they cannot be read
         self._events: Any = None
-
-    def _read(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def _earlier_config(self) -> dict[str, Any]:
         try:
-            earlier = self._read(CONFIG)
+            earlier = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         except ValueError as error:
             earlier = error
         if not isinstance(earlier, dict):
@@ -96,8 +95,12 @@ class RunDirectory:
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """The finished run's report, None before."""
-        return self._read(REPORT) if (self.path / REPORT).exists() else None
+        """The finished run's report, None before.
+
+        Raises:
+          ValueError: there is one, and it cannot be read or is not a run's.
+        """
+        return read_report(self.path) if (self.path / REPORT).exists() else None
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Marks the run as finished."""
@@ -112,7 +115,7 @@ class RunDirectory:
 
     def timings(self) -> dict[str, float]:
         """Wall seconds per phase so far, over all starts of the run."""
-        return self._read(TIMINGS) if (self.path / TIMINGS).exists() else {}
+        return read_object(self.path / TIMINGS) if (self.path / TIMINGS).exists() else {}
 
     def write_timings(self, timings: dict[str, float]) -> None:
         """Replaces the wall seconds per phase."""

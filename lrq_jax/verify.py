@@ -27,7 +27,16 @@ from lrq_jax.console import say
 from lrq_jax.data import EvalData, Preprocessing, load_data
 from lrq_jax.data.pixels import crop
 from lrq_jax.endings import fail, run_command
-from lrq_jax.exported import contents, hashes, read_export, record, sha256, sizes
+from lrq_jax.exported import (
+    claims,
+    contents,
+    hashes,
+    read_export,
+    record,
+    run_sha256,
+    sha256,
+    sizes,
+)
 from lrq_jax.passes import Student
 from lrq_jax.report_file import REPORT
 from lrq_jax.runtimes import Reference, Runner
@@ -280,6 +289,14 @@ def _said(directory: Path, report: dict[str, Any], student: Student, codes: dict
     else:
         compared = "the same; sha256 not compared, since an earlier version recorded none"
     found = {name: report[name] for name in expected}
+    told = claims(directory, student)
+    expected["run"] = {name: value for name, value in told.items() if name in report["run"]}
+    found["run"] = {name: report["run"][name] for name in expected["run"]}
+    if "run_sha256" in report:
+        found["run_sha256"] = report["run_sha256"]
+        expected["run_sha256"] = run_sha256(report["run"])
+    else:
+        compared += "; the run's figures not compared, since an earlier version recorded no sha256"
     fault = value_difference.first_difference(found, json.loads(json.dumps(expected)))
     what = f"{REPORT} against {STUDENT}/ and the files"
     return Verdict(runtime=what, exact=True, fault=fault or "", compared=compared)

@@ -6,16 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import TINY_FIELDS
+from conftest import TINY_FIELDS, tiny_data
 from test_steps import tiny_teacher
 
 import lrq_jax
 from lrq_jax import api
+from lrq_jax.readers import save_teacher
 from lrq_jax.writers.codes import load_student
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -64,6 +66,43 @@ def test_quiet_means_quiet_and_a_second_call_only_reports(tiny_run, capsys):
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match=r"student.weight_bits: 3 -> 2"):
         api.quantize(tiny_teacher(), **{**settings, "weight_bits": 2})
+
+
+def test_a_finished_run_does_not_pass_for_a_measurement_of_other_images(tiny_run):
+    result = tiny_run[0]
+    settings = {"weight_bits": 3, "act_bits": 5, "steps": 2, "workdir": result.path,
+                "fields": TINY_FIELDS, "verbose": False}  # fmt: skip
+    with pytest.raises(FileExistsError, match=r"37 images \(noise\), expected the 20 given"):
+        api.quantize(tiny_teacher(), data=tiny_data(20), **settings)
+    assert api.quantize(tiny_teacher(), **settings) == result  # none given: those it has
+
+
+def test_a_run_is_taken_up_by_its_own_command(tmp_path, monkeypatch):
+    """What the caller says of teacher and data is what the command line would."""
+    save_teacher(tiny_teacher(), tmp_path / "kept")
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+
+    def prepare(teacher, settings, data, workdir):
+        seen.update(settings=settings, data=data)
+        return types.SimpleNamespace(run=types.SimpleNamespace(report=None))
+
+    monkeypatch.setattr(api, "prepare", prepare)
+    monkeypatch.setattr(api, "_quantize", lambda job: {})
+    monkeypatch.setattr(api, "_quantized", lambda path, report: None)
+    for teacher in (api.load_teacher("kept"), "kept", Path("kept")):
+        api.quantize(teacher)
+        assert (seen["settings"].teacher_path, seen["data"]) == ("kept", None)
+    api.quantize(api.load_teacher("digits"))
+    assert seen["settings"].teacher_path == "digits"
+    assert seen["data"].num_examples == 500  # as on the command line
+    api.quantize("digits", fields={"data.name": "digits", "data.split": "train"})
+    assert seen["data"].num_examples == 1297
+    api.quantize("digits", fields={"data.name": ""})
+    assert seen["data"] is None
+    api.quantize(tiny_teacher(), data=tiny_data(3))
+    assert seen["settings"].data_name == seen["settings"].data_path == ""
+    assert seen["data"].num_examples == 3
 
 
 def test_the_callers_precision_is_left_alone(tiny_run):

@@ -326,8 +326,16 @@ def test_refusals(exported, images, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_labels_beyond_the_classes_are_refused(exported):
+@pytest.mark.parametrize(
+    ("label", "names", "words"),
+    [
+        (7, None, "found label 7, expected 0 to 4"),
+        (-1, None, "found label -1, expected 0 to 4"),
+        (0, ("five", "seven"), "found 2 named classes, expected the 5"),
+    ],
+)
+def test_images_of_other_classes_are_refused_as_a_run_does(label, names, words, exported):
     pixels = np.zeros((8, 8, 3), np.uint8)
-    data = EvalData(name="other", num_examples=1, class_names=None, source=[(pixels, 7)])
-    with pytest.raises(ValueError, match="found label 7, expected less than the 5 classes"):
+    data = EvalData(name="other", num_examples=1, class_names=names, source=[(pixels, label)])
+    with pytest.raises(ValueError, match=words):
         evaluate.evaluate_model(exported, data, runtimes=("jax",))

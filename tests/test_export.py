@@ -495,6 +495,18 @@ def test_the_commands_refuse_with_a_message(run, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("batch", [0, -3, "dynamic", 1.5])
+def test_a_batch_that_cannot_be_is_refused_before_anything_is_written(batch, run, tmp_path):
+    with pytest.raises(ValueError, match=f"batch: found {batch!r}, expected a number from 1 up"):
+        export.export_student(run, tmp_path / "x", batch=batch)
+    assert not (tmp_path / "x").exists()
+
+
+def test_one_target_may_be_named_alone(run, tmp_path):
+    report = export.export_student(run, tmp_path / "x", targets="onnx")
+    assert set(report["files"]) == {"model.onnx", "student/"}
+
+
 def test_a_paper_student_is_not_exported(tmp_path):
     graph = resnet_like()
     student = Student(graph=graph, spec=QuantSpec(placement="paper"), input_range=(-2.0, 2.5))

@@ -222,8 +222,12 @@ def test_a_report_shows_the_images_the_student_trained_on(teacher, tmp_path):
     settings = tiny_settings(images="noise")  # a generator too, for the ranges
     job = prepare(teacher, settings, None, tmp_path / "run")
     training = TrainingLoop(job.spec, teacher, settings, job.run)
-    images, labels = training.preview(state=None)
+    images, labels = training.preview(None, 5)
     pool = training.pool()
+    assert len(images) == 5
+    for count in (len(pool.labels), 1000):  # no image twice, however many are wanted
+        everything, _ = training.preview(None, count)
+        np.testing.assert_array_equal(everything, pool.images)
     places = [int(np.argmax([np.array_equal(x, y) for y in pool.images])) for x in images]
     np.testing.assert_array_equal(images, np.asarray(pool.images)[places])
     np.testing.assert_array_equal(labels, np.asarray(pool.labels)[places])

@@ -8,16 +8,22 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY_FIELDS
 from small_networks import calibrated, gated_like, random_images, resnet_like
+from test_steps import tiny_teacher
 
+from lrq_jax import api
 from lrq_jax.passes import calibrate, student_forward
+from lrq_jax.passes.equalization import equalized
 from lrq_jax.passes.float_forward import float_forward
+from lrq_jax.passes.integer_forward import integer_forward
 from lrq_jax.report import __main__ as command
-from lrq_jax.report import layer_rows, measure
+from lrq_jax.report import layer_rows, measure, plots
 from lrq_jax.report.page import lookup, write_page
-from lrq_jax.writers.codes import frozen_from_codes, student_codes
+from lrq_jax.writers.codes import frozen_from_codes, load_student, student_codes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -149,6 +155,40 @@ def test_the_noise_is_that_of_its_definition():
     assert row["sqnr_db"] == pytest.approx(expected, abs=0.02)
     assert row["low"] <= s.min() + 1e-4
     assert row["high"] >= s.max() - 1e-4
+
+
+def test_the_noise_of_an_equalized_student_is_that_beside_its_own_channels(tmp_path):
+    """Not beside those of the teacher as it was, which are scaled otherwise."""
+    teacher = tiny_teacher()
+    result = api.quantize(
+        teacher, workdir=tmp_path / "run", steps=0, verbose=False,
+        fields={**TINY_FIELDS, "method.equalize": True},
+    )  # fmt: skip
+    student, codes, _ = load_student(result.path / "student")
+    scaled = equalized(teacher.graph, teacher.variables)
+    images = np.load(result.path / "report.npz")["images"]
+    rows = result.report["layers"]
+    names = tuple(row["output"] for row in rows)
+    ours = integer_forward(student.operations, frozen_from_codes(codes), images, names,
+                           input_bits=student.spec.boundary_bits)  # fmt: skip
+
+    def noise(variables):
+        t = float_forward(teacher.graph, variables, images, names)
+        return [10 * np.log10(jnp.sum(t[n] ** 2) / jnp.sum((t[n] - ours[n]) ** 2)) for n in names]
+
+    found = [row["sqnr_db"] for row in rows]
+    np.testing.assert_allclose(found, noise(scaled), atol=0.02)
+    assert np.abs(np.subtract(found, noise(teacher.variables))).max() > 0.5
+
+
+def test_a_single_logged_value_is_seen():
+    """A line of one point has no length."""
+    for losses in ([1.0], [1.0, 2.0]):
+        logged = [{"step": i, "phase": "x", "student/loss": v} for i, v in enumerate(losses)]
+        svg = plots.loss_curves(logged).decode()
+        inside = re.findall(r'<g clip-path="url[^"]*">.*?</g>', svg, re.DOTALL)
+        markers = [part for part in inside if "<use" in part]
+        assert len(markers) == (1 if len(losses) == 1 else 0)
 
 
 def test_a_network_with_gates_and_shuffles_has_rows():

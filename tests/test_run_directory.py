@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lrq_jax.data import Preprocessing
-from lrq_jax.report_file import read_report, write_json
+from lrq_jax.report_file import missing_fields, read_report, write_json
 from lrq_jax.run_directory import RunDirectory
 
 CONFIG = {"seed": 0, "method": {"batch_size": 8, "milestones": (1, 2)}, "student": {"bits": 4}}
@@ -38,10 +38,11 @@ def test_an_empty_directory_is_used(tmp_path):
 def test_the_same_config_resumes_and_keeps_everything(tmp_path):
     run = RunDirectory(tmp_path, CONFIG)
     run.write_timings({"training": 1.5})
-    run.write_report({"drop": 0.5})
+    report = dict.fromkeys(missing_fields({}), 0.5)
+    run.write_report(report)
     before = (tmp_path / "config.json").stat().st_mtime_ns
     again = RunDirectory(tmp_path, {**CONFIG})  # with tuples, as they were given the first time
-    assert again.report == {"drop": 0.5}
+    assert again.report == report
     assert again.timings() == {"training": 1.5}
     assert (tmp_path / "config.json").stat().st_mtime_ns == before
 
@@ -128,9 +129,11 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_a_damaged_report_is_named(text, found, tmp_path):
     (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=found) as refusal:
-        read_report(tmp_path)
-    assert str(tmp_path / "report.json") in str(refusal.value)
+    (tmp_path / "config.json").write_text("{}")
+    for read in (read_report, lambda path: RunDirectory(path, {})):
+        with pytest.raises(ValueError, match=found) as refusal:
+            read(tmp_path)
+        assert str(tmp_path / "report.json") in str(refusal.value)
 
 
 # --- metrics -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from lrq_jax import api, bench, compare, console, evaluate, export, hints, refer
 from lrq_jax.config import base_config, field_names, get_config, resolve, short_schedule
 from lrq_jax.estimate import PhaseEstimate, describe, duration, estimate, is_long
 from lrq_jax.networks import FAMILIES
+from lrq_jax.presets import PRESETS
 from lrq_jax.quantize import prepare
 from lrq_jax.reproduce import command
 
@@ -197,6 +198,11 @@ def test_a_gpu_that_jax_does_not_use_is_hinted_at(tmp_path, monkeypatch):
         (60.0, 200, 1000, 69.76, None),  # so few images prove nothing
         (0.1, 50_000, 1000, None, "guessing"),
         (12.0, 500, 10, None, "guessing"),
+        (100.0, 500, 2, None, None),  # twice what guessing gets is no bar for two classes
+        (97.0, 500, 2, None, None),
+        (52.0, 500, 2, None, "guessing"),
+        (34.0, 500, 3, None, "guessing"),
+        (99.0, 500, 3, None, None),
         (60.0, 500, 10, None, None),
     ],
 )
@@ -285,3 +291,14 @@ def test_the_command_in_the_report_repeats_the_run(make):
     assert line.startswith("python -m lrq_jax.main")
     assert resolve(parsed(line), image_size=32) == settings
     assert len(re.findall(r"--config\.seed", line)) == (settings.seed != 0)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("size", [32, 224])
+def test_the_command_repeats_a_run_of_every_preset(preset, size):
+    config = base_config()
+    config.method.preset = preset
+    settings = resolve(config, image_size=size)
+    line = command(settings, image_size=size)
+    assert f"--config.method.preset={preset}" in line  # also should the default become another
+    assert resolve(parsed(line), image_size=size) == settings

@@ -9,7 +9,7 @@ import pytest
 from test_export import finished_run
 
 from lrq_jax import export, verify
-from lrq_jax.exported import record
+from lrq_jax.exported import record, run_sha256
 from lrq_jax.runtimes import processor
 from lrq_jax.runtimes.onnx_runtime import OnnxRunner
 from lrq_jax.runtimes.trials import hostile_pixels
@@ -471,6 +471,11 @@ def change_report(directory, change):
     path.write_text(json.dumps(report))
 
 
+def forged(report):
+    """With the hash of what it says now."""
+    report["run_sha256"] = run_sha256(report["run"])
+
+
 REPORT_FAULTS = {
     "layers/1/weight_bits: found 8, expected 4": lambda r: r["layers"][1].update(weight_bits=8),
     "layers/0/codes_used: found 1, expected ": lambda r: r["layers"][0].update(codes_used=1),
@@ -485,6 +490,9 @@ REPORT_FAULTS = {
     "files/model.x: found 5, expected nothing": lambda r: r["files"].update({"model.x": 5}),
     "sha256/model.onnx: found '0', expected '": lambda r: r["sha256"].update({"model.onnx": "0"}),
     "sha256/student/: found '0', expected '": lambda r: r["sha256"].update({"student/": "0"}),
+    "run/weight_bits: found 2, expected 4": lambda r: r["run"].update(weight_bits=2) or forged(r),
+    "run/policy: found 'R', expected 'U'": lambda r: r["run"].update(policy="R") or forged(r),
+    "run_sha256: found '": lambda r: r["run"]["student"].update(top1=100.0),
     "sha256/model.jaxexport: found nothing, expected '": lambda r: r["sha256"].pop(
         "model.jaxexport"
     ),
@@ -498,6 +506,12 @@ def test_a_tampered_report_is_a_failure_that_names_the_field(fault, copy, capsys
     said = capsys.readouterr().out
     assert f"FAILED  report.json against student/ and the files: {fault}" in said
     assert said.count("FAILED") == 1
+
+
+def test_a_run_without_a_hash_is_said_not_to_be_compared(copy, capsys):
+    change_report(copy, lambda report: report.pop("run_sha256"))
+    assert verify.main([str(copy), "--runtime", "jax"]) == 0
+    assert "the run's figures not compared" in capsys.readouterr().out
 
 
 def test_a_tampered_student_is_found_without_any_other_file(exported, tmp_path, capsys):

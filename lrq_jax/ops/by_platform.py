@@ -63,9 +63,9 @@ def traced_once(**options: Any) -> Callable[[Function], Function]:
     return decorate
 
 
-def platform_form(*arrays: jax.Array, cpu: Function, default: Function,
+def platform_form(*arrays: Any, cpu: Function, default: Function,
                   gpu: Function | None = None, tpu: Function | None = None) -> Any:  # fmt: skip
-    """What the form for the platform computes of the arrays; gradients go through that form, but
+    """What the form for the platform computes of the arrays (or pytrees of them); gradients go through that form, but
     keep what either form wants kept (`by_platform` does not)."""
     forms = {"cpu": cpu, "gpu": gpu or default, "tpu": tpu or default}
     if (platform := _PLATFORM.get()) is not None:

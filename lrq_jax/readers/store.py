@@ -169,6 +169,10 @@ def load_teacher(path: str | Path) -> Teacher:
       FileNotFoundError: nothing there.
       ValueError: something else, another format version, or damaged arrays.
     """
+    return dataclasses.replace(_load(path), path=str(path))
+
+
+def _load(path: str | Path) -> Teacher:
     if str(path) == DIGITS:
         return _load_digits()
     path = Path(path).resolve()

@@ -30,6 +30,8 @@ class Teacher:
       source_sha256: SHA-256 of that file, 64 hexadecimal digits; empty where there is none.
       notes: sentences on what was done to the file's arrays and where the settings come from.
       top1: accuracy published for this very file, percent; None where none is known.
+      path: where `load_teacher` was told to find it, so that the same command finds it again;
+        empty for one made otherwise.
 
     Raises:
       ValueError: variables that are not those of the graph, images of another size or number of
@@ -45,6 +47,7 @@ class Teacher:
     source_sha256: str = ""
     notes: tuple[str, ...] = ()
     top1: float | None = None
+    path: str = ""
 
     def __post_init__(self) -> None:
         expected = flatten_variables(self.graph.variable_shapes())

@@ -53,7 +53,9 @@ def loss_curves(lines: Sequence[dict[str, Any]]) -> bytes | None:
         lowest = np.inf
         for name in (name for name in names if name.startswith(f"{group}/")):
             points = [(line["step"], line[name]) for line in lines if name in line]
-            axes.plot(*zip(*points, strict=True), label=name.partition("/")[2], linewidth=1.2)
+            marker = "o" if len(points) == 1 else None  # a line of one point shows nothing
+            label = name.partition("/")[2]
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, marker=marker)
             lowest = min(lowest, *(value for _, value in points))
         if lowest > 0:
             axes.set_yscale("log")

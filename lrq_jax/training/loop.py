@@ -257,14 +257,17 @@ class TrainingLoop:
         self._run.log(done, phase.name, means)
         return means
 
-    def preview(self, state: TrainState, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """40 images `[40, H, W, C]` (normalised) that the student is trained on, and their classes:
-        the generator's as it is, classes in order, or some of the pool."""
+    def preview(self, state: TrainState, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images `[N, H, W, C]` (normalised) that the student is trained on, no two the same, and
+        their classes: the generator's as it is, in grids, or N = `count` of the pool, or all of it."""
         if self._spec.method.images == "generator":
-            return self._generated(state, seed)
-        pool, count = self.pool(), len(self.pool().labels)
-        chosen = (np.linspace(0, count - 1, _GRID_IMAGES).astype(int) + seed) % count
-        return np.asarray(pool.images)[chosen], np.asarray(pool.labels)[chosen]
+            grids = [self._generated(state, seed) for seed in range(-(-count // _GRID_IMAGES))]
+            images, labels = (np.concatenate(parts) for parts in zip(*grids, strict=True))
+            return images[:count], labels[:count]
+        pool = self.pool()
+        images, labels = np.asarray(pool.images), np.asarray(pool.labels)
+        chosen = np.linspace(0, len(labels) - 1, min(count, len(labels))).astype(int)
+        return images[chosen], labels[chosen]
 
     def _generated(self, state: TrainState, seed: int) -> tuple[np.ndarray, np.ndarray]:
         spec = self._spec

@@ -182,6 +182,11 @@ def load_student(directory: str | Path) -> tuple[Student, dict[str, Any], Prepro
     return student, codes, preprocessing
 
 
+def provenance(directory: str | Path) -> dict[str, Any]:
+    """What `save_student` was told of where a student comes from."""
+    return read_object(Path(directory) / _DESCRIPTION).get("provenance", {})
+
+
 def student_sha256(directory: str | Path, codes: dict[str, Any]) -> str:
     """Of a student's description and codes: of what they say, however the files are laid out.
 
