@@ -37,21 +37,26 @@ ABLATIONS = {
     "no margin": ["--config.method.ama_weight=0.0"],
     "plain distillation": ["--config.method.student_loss=kd"],
 }
+
+
+def _rounded(rounding: str, *, equalize: bool = False, bias_correction: bool = False) -> list[str]:
+    return [
+        f"--config.method.rounding={rounding}",
+        f"--config.method.equalize={equalize}",
+        f"--config.method.bias_correction={bias_correction}",
+    ]
+
+
 INGREDIENTS = {
-    "squant": [],
-    "nearest": ["--config.method.rounding=nearest"],
-    "nearest, bias correction": [
-        "--config.method.rounding=nearest",
-        "--config.method.bias_correction=True",
-    ],
-    "nearest, equalized": ["--config.method.rounding=nearest", "--config.method.equalize=True"],
-    "squant, equalized": ["--config.method.equalize=True"],
-    "squant, equalized, bias correction": [
-        "--config.method.equalize=True",
-        "--config.method.bias_correction=True",
-    ],
+    "squant": _rounded("squant"),
+    "nearest": _rounded("nearest"),
+    "nearest, bias correction": _rounded("nearest", bias_correction=True),
+    "nearest, equalized": _rounded("nearest", equalize=True),
+    "squant, equalized": _rounded("squant", equalize=True),
+    "squant, bias correction": _rounded("squant", bias_correction=True),
+    "squant, equalized, bias correction": _rounded("squant", equalize=True, bias_correction=True),
     "adaround": [
-        "--config.method.rounding=adaround",
+        *_rounded("adaround"),
         "--config.method.reconstruction_iterations=300",
         "--config.method.reconstruction_learning_rate=0.01",
         "--config.method.reconstruction_step_rate=0.001",

@@ -186,7 +186,7 @@ def test_the_loss_is_the_mean_over_pixels_of_the_error_and_of_choices_not_made(r
 def test_a_state_has_its_structure_before_reconstruction(rebuilt):
     """A run resumed after the reconstruction restores into a state as it is at the start."""
     student, before, after, _ = rebuilt
-    method = preset("squant", image_size=8).method
+    method = preset("fast", image_size=8).method
     spec = StepSpec(
         student=student,
         generator=GeneratorSpec(image_shape=(8, 8, 3), num_classes=5),
