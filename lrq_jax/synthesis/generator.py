@@ -20,7 +20,12 @@ from jax import lax
 from lrq_jax.ops.convolution import conv2d
 from lrq_jax.ops.upsample import upsample_conv3x3, upsample_nearest
 from lrq_jax.synthesis.attention import LongRangeAttention
-from lrq_jax.synthesis.initializers import affine_init, embedding_init, scale_and_bias_init
+from lrq_jax.synthesis.initializers import (
+    affine_init,
+    drawn,
+    embedding_init,
+    scale_and_bias_init,
+)
 
 ATTENTION_PLACES = ("none", "before_block1", "after_block1", "replace_block1")
 CONDITIONINGS = ("embedding", "batch_norm")
@@ -143,9 +148,9 @@ class Generator(nn.Module):
 
 
 def init_generator(spec: GeneratorSpec, key: jax.Array) -> dict[str, Any]:
-    """Parameters of a generator (a nested dict)."""
-    noise = jnp.zeros((2, spec.latent_dim))
-    return Generator(spec).init(key, noise, jnp.zeros((2,), jnp.int32))["params"]
+    """Parameters of a generator (a nested dict): as `Generator(spec).init` draws them, in one draw."""
+    noise, labels = jnp.zeros((2, spec.latent_dim)), jnp.zeros((2,), jnp.int32)
+    return drawn(jax.eval_shape(Generator(spec).init, key, noise, labels)["params"], key)
 
 
 def generate(spec: GeneratorSpec, params: dict[str, Any], noise: jax.Array, labels: jax.Array) -> jax.Array:  # fmt: skip

@@ -73,9 +73,10 @@ class TrainState(NamedTuple):
 
 def initial_state(spec: StepSpec, teacher: Variables, seed: int) -> TrainState:
     """State before the first step; the student starts at the teacher's weights, prepared as the
-    method says."""
+    method says; a method that needs no generator has none (`{}`)."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    generator = init_generator(spec.generator, init_key)
+    trained = spec.method.trains_generator
+    generator = init_generator(spec.generator, init_key) if trained else {}
     copy = jax.tree.map(jnp.array, teacher)  # the state is donated, the teacher is not
     student = _prepared_student(spec, copy)
     graph = spec.graph
