@@ -114,6 +114,12 @@ FAST_PARTS = {
     "averaged weights": ["--config.method.average_decay=0.99"],
     "inundation": ["--config.method.inundation=0.001"],
     "equalized": ["--config.method.equalize=True"],
+    "adaround": [
+        "--config.method.rounding=adaround",
+        "--config.method.reconstruction_iterations=400",
+        "--config.method.reconstruction_learning_rate=0.01",
+        "--config.method.reconstruction_step_rate=0.001",
+    ],
     "2,000 steps": ["--config.steps=2000"],
     "higher rate": ["--config.method.student_learning_rate=0.0005"],
 }
