@@ -43,8 +43,9 @@ def check_data(data: EvalData, preprocessing: Preprocessing, classes: int) -> No
       classes: how many it tells apart.
 
     Raises:
-      ValueError: another number of named classes than the network's, a label beyond them, or an image of a wrong
-        size. Where images are resized anyway only the first is read, and labels as far as known.
+      ValueError: another number of named classes than the network's, a label beyond them, or an
+        image of a wrong size. Where images are resized anyway only the first is read, and labels
+        as far as known.
     """
     if data.largest_label is not None and data.largest_label >= classes:
         raise ValueError(

@@ -62,8 +62,8 @@ def export_student(run: str | Path, out: str | Path, *, targets: Sequence[str] =
     Raises:
       FileNotFoundError: no finished student in `run`.
       FileExistsError: `out` holds files, and is not to be replaced.
-      ValueError: an unknown target, a setting it cannot have, a student that is not integer, damaged files, or
-        an `out` in the run's directory.
+      ValueError: an unknown target, a setting it cannot have, a student that is not integer,
+        damaged files, or an `out` in the run's directory.
       ImportError: a target's package is missing; names the extra.
     """
     run, out = Path(run), Path(out)
