@@ -80,7 +80,7 @@ REAL = ["--config.method.images=folder"]
 POLICY_R = ["--config.student.policy=R"]
 FAST = {
     **{f"U W4A4 seed {seed}": [f"--config.seed={seed}"] for seed in (0, 1, 2)},
-    "U W3A3 seed 0": _bits(3, 3),
+    **{f"U W3A3 seed {seed}": [*_bits(3, 3), f"--config.seed={seed}"] for seed in (0, 1)},
     "U W5A5 seed 0": _bits(5, 5),
     "U W4A4 real images": REAL,
     "U W3A3 real images": [*REAL, *_bits(3, 3)],
