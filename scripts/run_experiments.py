@@ -121,6 +121,12 @@ FAST_PARTS = {
         "--config.method.reconstruction_step_rate=0.001",
     ],
     "2,000 steps": ["--config.steps=2000"],
+    "2,000 steps of 32": [
+        "--config.steps=2000",
+        "--config.method.batch_size=32",
+        "--config.method.warmup_steps=32",
+        "--config.method.calibration_steps=32",
+    ],
     "higher rate": ["--config.method.student_learning_rate=0.0005"],
 }
 _POOL = ["--config.method.noise_iterations=250"]
