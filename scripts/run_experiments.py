@@ -129,23 +129,29 @@ FAST_PARTS = {
     ],
     "higher rate": ["--config.method.student_learning_rate=0.0005"],
 }
-_POOL = ["--config.method.noise_iterations=250"]
+_POOL = ["--config.method.noise_iterations=250", "--config.method.noise_plateau_patience=12"]
+_OWN_TEMPERATURE = ["--config.method.temperature=20"]
 TEN_MINUTES = {
     "lrq": ["--config.steps=1250"],
-    "gdfq": ["--config.steps=1800"],
-    "intraq": ["--config.steps=1800", *_POOL],
-    "hast": ["--config.steps=700", *_POOL],
+    "gdfq": ["--config.steps=1800", *_OWN_TEMPERATURE],
+    "intraq": ["--config.steps=1800", *_OWN_TEMPERATURE, *_POOL],
+    "hast": ["--config.steps=700", *_OWN_TEMPERATURE, *_POOL],
     "genie": [
+        "--config.steps=0",
         "--config.method.noise_batches=2",
         "--config.method.noise_iterations=100",
-        "--config.method.reconstruction_iterations=120",
+        "--config.method.noise_plateau_patience=3",
+        "--config.method.noise_generator_decay_every=3",
+        "--config.method.reconstruction_iterations=200",
         "--config.method.reconstruction_learning_rate=0.01",
         "--config.method.reconstruction_step_rate=0.001",
     ],
 }
 """Preset -> a schedule of 10 minutes, evaluation apart, on one processor (AMD Zen 5) for ResNet-20 at
 32 px, beside one of the same size on another. A pool of 512 images, half of `fast`'s, is made in 3.6 of
-them; Genie's 256, through a generator, in 3.7."""
+them; Genie's 256, through a generator, in 3.7. How often rates fall is cut as their iterations are."""
+_SLOWER = ["--config.method.student_learning_rate=2e-4"]
+"""The rate that `fast` has; the config's own is 5e-4."""
 _LEFT_OUT = {"command", "layers", "batch_norms", "histogram", "disagreements", "synthetic"}
 """Of a report: what is long, and the command with this machine's paths."""
 
@@ -156,15 +162,18 @@ SUITES = {
     "ten_minutes": (
         "configs/r20_cifar10.py",
         {
-            f"{name} W{bits}A{bits} seed {seed}": [
+            f"{name} W{bits}A{bits} seed {seed}{words}": [
                 f"--config.method.preset={name}",
                 *flags,
+                *rate,
                 *_bits(bits, bits),
                 f"--config.seed={seed}",
             ]
             for seed in (0, 1)
             for bits in (4, 3)
             for name, flags in TEN_MINUTES.items()
+            for words, rate in (("", []), (", rate 2e-4", _SLOWER))
+            if not rate or name != "genie"  # which trains no weights
         },
     ),
     "ingredients": ("configs/squant.py", INGREDIENTS),
@@ -286,6 +295,11 @@ def _workdir_name(cell: str) -> str:
 _OF_IMAGES = (
     "--config.seed",
     "--config.method.preset",
+    "--config.method.adam_epsilon",
+    "--config.method.class_focus",
+    "--config.method.conditioning",
+    "--config.method.generator_width",
+    "--config.precision",
     "--config.method.noise_",
     "--config.method.ama_",
     "--config.method.attention",

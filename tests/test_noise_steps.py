@@ -33,9 +33,9 @@ def spec_of(**method):
     return step_spec(TEACHER, tiny_settings(images="noise", **method), None)
 
 
-def noise_loss(spec, images, labels):
-    key = jax.random.key(0)
-    return noise_steps.noise_loss(images, labels, key, VARIABLES, CENTERS, spec=spec)
+def noise_loss(spec, images, labels, targets=1.0):
+    key, targets = jax.random.key(0), jnp.full(8, targets)
+    return noise_steps.noise_loss(images, labels, targets, key, VARIABLES, CENTERS, spec=spec)
 
 
 def run_noise(spec, iterations):
@@ -47,17 +47,29 @@ def run_noise(spec, iterations):
     return states
 
 
+def test_images_keep_their_class_targets():
+    """Drawn anew each iteration they would pull every image to the same mean."""
+    spec = spec_of(noise_target="probability", noise_lowest_target=0.2)
+    first, *later = (
+        noise_steps.class_targets(state, spec=spec) for state in run_noise(spec, iterations=2)
+    )
+    assert 0.2 < first.min() < 0.9 < first.max() == 1
+    for targets in later:
+        np.testing.assert_array_equal(targets, first)
+    other = noise_steps.initial_noise(spec, jax.random.key(4), CENTERS)
+    assert (noise_steps.class_targets(other, spec=spec) != first).any()
+
+
 @pytest.mark.parametrize("form", sorted(losses.STATISTICS))
 @pytest.mark.parametrize("target", ["probability", "cross_entropy"])
 def test_the_loss_is_the_weighted_sum_of_the_configured_terms(rng, form, target):
     spec = spec_of(
         noise_statistics=form, noise_target=target, noise_target_weight=0.3, noise_bns_weight=0.7,
-        noise_image_weight=0.2, noise_augment_probability=0.0, noise_lowest_target=1.0,
-        ama_weight=0.0,
+        noise_image_weight=0.2, noise_augment_probability=0.0, ama_weight=0.0,
     )  # fmt: skip
     images = jnp.asarray(rng.standard_normal((8, 8, 8, 1)), jnp.float32)
     labels = jnp.arange(8) % 10
-    total, terms = noise_loss(spec, images, labels)
+    total, terms = noise_loss(spec, images, labels, targets=0.7)
     graph = TEACHER.graph
     taps = [layer.inputs[0] for layer in graph.batch_norms]
     values = float_forward(graph, VARIABLES, images, (graph.output, *taps))
@@ -67,7 +79,7 @@ def test_the_loss_is_the_weighted_sum_of_the_configured_terms(rng, form, target)
     ]
     bns = losses.STATISTICS[form]([values[tap] for tap in taps], running)
     right = jax.nn.softmax(values[graph.output])[jnp.arange(8), labels]
-    wanted = jnp.mean((right - 1) ** 2) if target == "probability" else -jnp.mean(jnp.log(right))
+    wanted = jnp.mean((right - 0.7) ** 2) if target == "probability" else -jnp.mean(jnp.log(right))
     np.testing.assert_allclose(terms["noise/bns"], bns, rtol=1e-5)
     np.testing.assert_allclose(terms["noise/target"], wanted, rtol=1e-5)
     own = losses.image_statistics(images)
@@ -159,8 +171,8 @@ def test_a_swing_changes_what_images_are_optimised_for(rng):
         spec = step_spec(teacher, tiny_settings(images="noise", noise_augment_probability=0.0,
                                                 noise_swing=reach), None)  # fmt: skip
         found[reach] = [
-            float(noise_steps.noise_loss(images, labels, jax.random.key(seed), teacher.variables,
-                                         CENTERS, spec=spec)[1]["noise/bns"])
+            float(noise_steps.noise_loss(images, labels, jnp.ones(8), jax.random.key(seed),
+                                         teacher.variables, CENTERS, spec=spec)[1]["noise/bns"])
             for seed in range(4)
         ]  # fmt: skip
     assert len(set(found[0])) == 1

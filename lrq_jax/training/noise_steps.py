@@ -27,6 +27,8 @@ from lrq_jax.training.student_loss import Metrics
 
 _SWING_STREAM = 3
 """Folded into an iteration's key; what it is split into otherwise stays as it was without."""
+_TARGET_STREAM = 2**31 - 1
+"""Folded into a batch's key, as the numbers of its iterations are, which it must not be one of."""
 
 Parameters = Any
 """What is optimised: pixels `[B, H, W, C]`, or `{"latents": [B, latent_dim], "generator": ...}`."""
@@ -117,8 +119,15 @@ def swung(graph: Graph, key: jax.Array, *, reach: int) -> Transform:
     return move
 
 
-def noise_loss(parameters: Parameters, labels: jax.Array, key: jax.Array, teacher: Variables,
-               centers: Centers, *, spec: StepSpec) -> tuple[jax.Array, Metrics]:  # fmt: skip
+def class_targets(state: NoiseState, *, spec: StepSpec) -> jax.Array:
+    """Class probabilities `[B]` that a batch's images are to get: drawn once for all its iterations."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), _TARGET_STREAM)
+    lowest = spec.method.noise_lowest_target
+    return losses.sample_targets(key, state.labels.shape[0], lowest=lowest)
+
+
+def noise_loss(parameters: Parameters, labels: jax.Array, targets: jax.Array, key: jax.Array,
+               teacher: Variables, centers: Centers, *, spec: StepSpec) -> tuple[jax.Array, Metrics]:  # fmt: skip
     """`L_syn = w_bns * L_BNS + w_target * L_target + w_image * L_image + w_ama * (L_low + L_up)`.
 
     The sources of the terms are those of their functions in `losses`; IntraQ (arXiv 2111.09136)
@@ -127,7 +136,7 @@ def noise_loss(parameters: Parameters, labels: jax.Array, key: jax.Array, teache
     """
     method = spec.method
     images = shown(parameters, labels, spec=spec)
-    augment_key, coin_key, target_key = jax.random.split(key, 3)
+    augment_key, coin_key, _ = jax.random.split(key, 3)
     if method.noise_augment_probability and method.noise_augmentation != "none":
         images = jax.lax.cond(
             jax.random.bernoulli(coin_key, method.noise_augment_probability),
@@ -149,8 +158,6 @@ def noise_loss(parameters: Parameters, labels: jax.Array, key: jax.Array, teache
     )
     logits, features = values[spec.graph.output], values[spec.graph.features]
     if method.noise_target == "probability":
-        lowest = method.noise_lowest_target
-        targets = losses.sample_targets(target_key, labels.shape[0], lowest=lowest)
         target = losses.squared_target_error(logits, labels, targets)
     else:
         target = losses.focal_cross_entropy(logits, labels, focus=method.class_focus)
@@ -168,8 +175,9 @@ def noise_loss(parameters: Parameters, labels: jax.Array, key: jax.Array, teache
 def noise_step(state: NoiseState, teacher: Variables, *, spec: StepSpec) -> tuple[NoiseState, Metrics]:  # fmt: skip
     """One iteration on a batch of noise images."""
     gradient = jax.value_and_grad(noise_loss, has_aux=True)
+    targets = class_targets(state, spec=spec)
     (loss, terms), grads = gradient(
-        state.parameters, state.labels, step_key(state), teacher, state.centers, spec=spec
+        state.parameters, state.labels, targets, step_key(state), teacher, state.centers, spec=spec
     )
     optimizer = noise_optimizer(spec.method)
     updates, opt = optimizer.update(grads, state.opt, state.parameters, value=loss)
