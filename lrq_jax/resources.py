@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lrq_jax.ops.kept import only_kept
 from lrq_jax.sharding import constrain_batch
 
 PRECISIONS = {
@@ -77,14 +78,10 @@ class Resources:
         """The loss with less kept for its gradient."""
         if self.rematerialize == "none":
             return loss
-        return jax.checkpoint(loss, policy=_is_product)
+        return jax.checkpoint(loss, policy=only_kept())
 
 
 DEFAULT_RESOURCES = Resources()
-
-
-def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name in ("conv_general_dilated", "dot_general")
 
 
 def accumulated_gradient(loss: Callable[..., Any], count: int, mesh: Mesh | None) -> Callable[..., Any]:  # fmt: skip

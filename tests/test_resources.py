@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,9 @@ from lrq_jax.quantize import step_spec
 from lrq_jax.resources import PRECISIONS, Resources, accumulated_gradient
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training import steps
+from lrq_jax.training.comparison import lesson_of
 from lrq_jax.training.compilation import put_replicated
+from lrq_jax.training.student_loss import student_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -61,6 +65,40 @@ def test_what_is_computed_again_is_the_same():
     plain, again = settings_with(), settings_with(rematerialize="elementwise")
     assert_same_losses(plain, again)
     assert run_steps(plain)[2] != run_steps(again)[2]
+
+
+@pytest.mark.parametrize("part", ["generator", "student"])
+def test_only_results_of_products_are_kept(part, capsys):
+    """What jax keeps for the backward pass; what a program then takes is the compiler's business."""
+    held = {}
+    for rematerialize in ("none", "elementwise"):
+        spec = step_spec(TEACHER, settings_with(rematerialize=rematerialize), None)
+        state = START(spec, TEACHER.variables, 0)
+        loss = differentiated(part, spec)
+        jax.ad_checkpoint.print_saved_residuals(spec.resources.rematerialized(loss), state)
+        lines = capsys.readouterr().out.splitlines()
+        lines = [line for line in lines if not re.search("from (the argument|a constant)", line)]
+        sizes = [re.match(r"\w+\[([\d,]*)\]", line)[1] for line in lines]
+        large = {line: math.prod(map(int, size.split(","))) for line, size in zip(lines, sizes)
+                 if size and size.count(",") > 1}  # fmt: skip
+        held[rematerialize] = sum(large.values())
+    assert large
+    assert not [line for line in large if "'product'" not in line]
+    assert 0 < held["elementwise"] < held["none"] / 2
+
+
+def differentiated(part, spec):
+    """A function of the state: the part's loss on fixed images."""
+    noise, labels = steps.draw_latents(jax.random.key(0), spec)
+    images = jnp.zeros((16, *spec.graph.input_shape))
+    if part == "generator":
+        return lambda state: steps.synthesis_loss(
+            state.generator, TEACHER.variables, state.centers, noise, labels, spec=spec
+        )[0]
+    lesson = lesson_of(TEACHER.variables, images, spec)
+    return lambda state: student_loss(
+        spec.student.trainable(state.student), state.student, images, labels, lesson, spec=spec
+    )[0]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

@@ -13,6 +13,7 @@ from jax import lax
 from lrq_jax.graph import INPUT, Graph
 from lrq_jax.graph import layers as L
 from lrq_jax.ops.convolution import conv2d
+from lrq_jax.ops.kept import kept
 
 Variables = dict[str, Any]
 """Flax-style collections: `{"params": {layer: {...}}, "batch_stats": {layer: {...}}, ...}`."""
@@ -82,14 +83,14 @@ def apply_layer(layer: L.Layer, params: dict[str, jax.Array], *inputs: jax.Array
 
 @apply_layer.register
 def _conv(layer: L.Conv, params: dict, x: jax.Array) -> jax.Array:
-    y = conv2d(x, params["kernel"], strides=layer.strides, padding=layer.padding,
-               dilation=layer.dilation, groups=layer.groups)  # fmt: skip
+    y = kept(conv2d(x, params["kernel"], strides=layer.strides, padding=layer.padding,
+                    dilation=layer.dilation, groups=layer.groups))  # fmt: skip
     return (y + params["bias"]).astype(y.dtype) if layer.use_bias else y
 
 
 @apply_layer.register
 def _dense(layer: L.Dense, params: dict, x: jax.Array) -> jax.Array:
-    y = jnp.dot(x, params["kernel"])
+    y = kept(jnp.dot(x, params["kernel"]))
     return (y + params["bias"]).astype(y.dtype) if layer.use_bias else y
 
 

@@ -21,6 +21,7 @@ from lrq_jax.graph import layers as L
 from lrq_jax.ops.by_platform import platform_form, traced_once
 from lrq_jax.ops.convolution import int8_conv2d, int8_is_fast, integer_conv2d, integer_dense
 from lrq_jax.ops.division import divide
+from lrq_jax.ops.kept import kept
 from lrq_jax.ops.straight_through import clip_inclusive, straight_through
 from lrq_jax.passes.float_forward import apply_layer, window_counts, window_sums
 from lrq_jax.passes.plan import Operation
@@ -193,6 +194,7 @@ def _run_weighted(layer: L.Layer, operation: Operation, source: Source, clip_mas
         accumulator = integer_dense(x.centred, kernel, weights.bias, largest_product=largest)
     else:
         accumulator = x.centred * kernel + weights.bias
+    accumulator = kept(accumulator)
     units = x.scale * weights.scale
     if operation.output_bits is None:
         return _activate(operation, accumulator * units)

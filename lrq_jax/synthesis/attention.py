@@ -15,6 +15,7 @@ import jax
 
 from lrq_jax.ops.convolution import conv2d
 from lrq_jax.ops.depthwise import depthwise_conv
+from lrq_jax.ops.kept import kept
 from lrq_jax.synthesis.initializers import affine_init
 
 
@@ -29,8 +30,9 @@ def large_kernel_attention(params: dict[str, Any], x: jax.Array) -> jax.Array:
       `[B, H, W, C]`.
     """
     local, dilated = params["local"], params["dilated"]
-    y = depthwise_conv(x, local["kernel"], (1, 1), ((2, 2), (2, 2)), (1, 1)) + local["bias"]
-    y = depthwise_conv(y, dilated["kernel"], (1, 1), ((9, 9), (9, 9)), (3, 3)) + dilated["bias"]
+    y = kept(depthwise_conv(x, local["kernel"], (1, 1), ((2, 2), (2, 2)), (1, 1))) + local["bias"]
+    y = kept(depthwise_conv(y, dilated["kernel"], (1, 1), ((9, 9), (9, 9)), (3, 3)))
+    y += dilated["bias"]
     return x * _pointwise(params["mix"], y)
 
 
@@ -41,7 +43,7 @@ def attention_block(params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def _pointwise(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    return conv2d(x, params["kernel"]) + params["bias"]
+    return kept(conv2d(x, params["kernel"])) + params["bias"]
 
 
 class LongRangeAttention(nn.Module):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lrq_jax.ops.convolution import conv2d
+from lrq_jax.ops.kept import kept
 from lrq_jax.ops.upsample import upsample_conv3x3, upsample_nearest
 from lrq_jax.synthesis.attention import LongRangeAttention
 from lrq_jax.synthesis.initializers import (
@@ -105,7 +106,7 @@ class _UpConv(nn.Module):
         conv = self.param("conv", affine_init, (3, 3, x.shape[-1], self.features))
         kernel = conv["kernel"]
         y = upsample_conv3x3(x, kernel) if self.up else conv2d(x, kernel, padding=((1, 1), (1, 1)))
-        return y + conv["bias"]
+        return kept(y) + conv["bias"]
 
 
 class Generator(nn.Module):
@@ -126,7 +127,7 @@ class Generator(nn.Module):
             hidden = of_class(self.param("embedding", embedding_init, shape), labels) * noise
         grid = (-(-height // 4), -(-width // 4), spec.width)
         dense = self.param("dense", affine_init, (spec.latent_dim, grid[0] * grid[1] * grid[2]))
-        x = (jnp.dot(hidden, dense["kernel"]) + dense["bias"]).reshape(-1, *grid)
+        x = (kept(jnp.dot(hidden, dense["kernel"])) + dense["bias"]).reshape(-1, *grid)
         x = _ClassNorm(classes, _NORM_EPS, name="norm0")(x, labels)
 
         merged = spec.attention in ("none", "after_block1")
