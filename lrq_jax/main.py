@@ -153,6 +153,8 @@ def _tell_before(job: Job) -> None:
     """What is better known before a run than after it."""
     if hint := accelerator_hint(jax.default_backend()):
         say(coloured(f"careful: {hint}", "yellow"))
+    for name, why in job.spec.method.without_effect.items():
+        say(coloured(f"careful: method.{name} has no effect here: {why}", "yellow"))
     steps = job.spec.method.warmup_steps + job.spec.method.steps
     height, width = job.teacher.graph.input_shape[:2]
     if is_long(steps, height, width) and jax.default_backend() == "cpu":

@@ -201,6 +201,29 @@ class Method:
             )
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        """Fields that are set to something but that no step looks at, and why."""
+        live = "" if self.images != "generator" else "images='generator' are seen as they are made"
+        idle = {
+            "augmentation": live,
+            "mixup": live,
+            "superposition": "" if self.trains_generator else "no generator is trained",
+            "ce_hardest": "" if self.ce_weight else "ce_weight is 0",
+            "class_focus": "" if self._asks_for_classes else "no images are made by cross-entropy",
+        }
+        return {
+            name: why
+            for name, why in idle.items()
+            if why and getattr(self, name) != getattr(Method, name)
+        }
+
+    @property
+    def _asks_for_classes(self) -> bool:
+        return self.trains_generator or (
+            self.makes_pool and self.noise_target == "cross_entropy"
+        )
+
+    @property
     def trains_generator(self) -> bool:
         """Whether any step needs the generator."""
         return "generator" in (self.images, self.calibration_images)

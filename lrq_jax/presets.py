@@ -34,7 +34,8 @@ def lrq(*, large_images: bool) -> Preset:
     """LRQ as the paper describes it: generator and student trained in turn.
 
     The warm-up comes on top of the table's 80,000 steps, and a student's milestones count from its
-    own first step [open]: the paper does not say whether its epochs hold the warm-up.
+    own first step [open]: the paper does not say whether its epochs hold the warm-up. Gradients
+    are clipped at a norm of 10 [open], which the lineage does not do.
     """
     if not large_images:
         return Preset(method=Method())
@@ -49,7 +50,8 @@ def lrq(*, large_images: bool) -> Preset:
 
 
 def lrq_released(*, large_images: bool) -> Preset:
-    """LRQ as its code runs: the generator only sets ranges, the student trains on noise images."""
+    """LRQ as its code runs: the generator only sets ranges, the student trains on noise images.
+    Gradients are clipped here [open]."""
     return _changed(
         lrq(large_images=large_images),
         images="noise",
@@ -57,13 +59,16 @@ def lrq_released(*, large_images: bool) -> Preset:
         warmup_steps=800,
         steps=30_200,
         student_milestones=(20_000, 40_000, 70_000) if large_images else (4_000, 8_000, 12_000),
+        noise_beta1=0.9,
+        noise_lowest_target=0.9,
         attention="after_block1" if large_images else "none",
         augmentation="crop_flip",
     )
 
 
 def gdfq(*, large_images: bool) -> Preset:
-    """GDFQ (arXiv 2003.03603), LRQ's base: no attention, no margin, plain distillation."""
+    """GDFQ (arXiv 2003.03603), LRQ's base: no attention, no margin, plain distillation. Gradients
+    are clipped here [open]."""
     return _changed(
         lrq(large_images=large_images),
         attention="none",
@@ -77,8 +82,11 @@ def gdfq(*, large_images: bool) -> Preset:
 def qimera(*, large_images: bool) -> Preset:
     """Qimera (arXiv 2111.02625): GDFQ whose generator also makes images between classes.
 
-    Constants of its CIFAR-10 and ResNet-18 runs: 40 % of the batches superpose 2 (500) classes.
-    Its embeddings come from the teacher's classifier; ours are learned, as GDFQ's [open].
+    Constants of its CIFAR-10 and ResNet-18 runs: 40 % of the batches superpose 2 (500) classes; on
+    CIFAR-100 it superposes 10 (`method.superposed_classes`). Differences [open]: its embeddings
+    come from the teacher's classifier in most runs, ours are learned, as GDFQ's; it adds noise to
+    each class's embedding before mixing, here the mixed one is multiplied by it; its latents have
+    other lengths.
     """
     return _changed(
         gdfq(large_images=large_images),
@@ -116,8 +124,8 @@ def hast(*, large_images: bool) -> Preset:
     Constants of its CIFAR-10 and ResNet-18 runs. Differences [open]: where channels are aligned
     (every tensor that all of the network passes through, the sum of a residual block; HAST: what
     a block adds), the warm-up generator's focal loss (HAST: cross-entropy), crops of 0.5 to 1 of
-    an image at 224 px (HAST: 0.4), 16 images a step there (HAST: 4 on each of its GPUs), gradients
-    clipped.
+    an image at 224 px (HAST: 0.4), 16 images a step there (HAST: 4 on each of its GPUs), a warm-up
+    on top of the table's steps, gradients clipped.
     """
     return _changed(
         intraq(large_images=large_images),
@@ -141,7 +149,7 @@ def genie(*, large_images: bool) -> Preset:
     LRQ's, with a class for each image (no loss asks for it) and long-range attention; AdaRound's
     weight steps stay as searched (Genie-M learns them); the exponent of its regularizer falls on a
     cosine (Genie: a line); an activation step's rate is that of its logarithm; ranges are seen on
-    16 batches.
+    16 batches and searched as a share of the whole, activations' zero points with them.
     """
     method = Method(
         images="noise",

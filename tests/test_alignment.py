@@ -100,16 +100,23 @@ def test_inundation_changes_the_share_of_codes_and_no_more_than_it_must(rng, sha
     weight = rng.standard_normal((20, 25)).astype(np.float32)
     step = np.float32(rng.uniform(0.1, 0.3, 25))
     update = np.float32(1e-5 * rng.standard_normal((20, 25)))
-    found = np.asarray(jax.jit(inundated, static_argnums=3)(update, weight, step, share))
+    lowest, highest = rng.integers(-9, -4, 25), rng.integers(4, 9, 25)  # some weights are beyond
+    found = np.asarray(
+        jax.jit(inundated, static_argnums=5)(update, weight, step, lowest, highest, share)
+    )
     factor = found[0, 0] / update[0, 0]
     np.testing.assert_allclose(found, factor * update, rtol=1e-5)
 
     def changed(factor):
-        before, after = (np.rint(np.float64(w) / step) for w in (weight, weight + factor * update))
+        before, after = (
+            np.clip(np.rint(np.float64(w) / step), lowest, highest)
+            for w in (weight, weight + factor * update)
+        )
         return np.count_nonzero(before != after)
 
+    assert np.any(weight / step > highest + 0.5)
     wanted = int(np.ceil(share * weight.size))
-    if not wanted:
+    if share in (0, 1):  # all cannot change: those beyond a limit that go farther
         np.testing.assert_array_equal(found, update)
     else:
         assert changed(np.float64(factor)) >= wanted
@@ -117,10 +124,10 @@ def test_inundation_changes_the_share_of_codes_and_no_more_than_it_must(rng, sha
 
 
 def test_inundation_never_shrinks_an_update_nor_blows_up_none():
-    weight, step = jnp.asarray([0.04, 0.3, -0.26]), jnp.float32(0.1)
+    weight, codes = jnp.asarray([0.04, 0.3, -0.26]), (jnp.float32(0.1), -8, 7)
     large = jnp.asarray([0.5, 0.5, 0.5])
-    np.testing.assert_array_equal(inundated(large, weight, step, 0.5), large)
+    np.testing.assert_array_equal(inundated(large, weight, *codes, 0.5), large)
     none = jnp.zeros(3)
-    np.testing.assert_array_equal(inundated(none, weight, step, 0.5), none)
+    np.testing.assert_array_equal(inundated(none, weight, *codes, 0.5), none)
     single = jnp.asarray([1e-4, 0.0, 0.0])  # two of three cannot change
-    np.testing.assert_array_equal(inundated(single, weight, step, 0.6), single)
+    np.testing.assert_array_equal(inundated(single, weight, *codes, 0.6), single)

@@ -244,3 +244,30 @@ def test_methods_are_static_values():
         Method().steps = 3
     with pytest.raises(TypeError):
         Method("generator")
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"superposition": 0.4}, ()),
+        ({"superposition": 0.4, "images": "noise", "calibration_images": "pool"}, ("superposition",)),
+        ({"mixup": 0.5, "augmentation": "crop_flip"}, ("augmentation", "mixup")),
+        ({"mixup": 0.5, "images": "noise"}, ()),
+        ({"ce_hardest": 0.5}, ()),
+        ({"ce_hardest": 0.5, "ce_weight": 0.0}, ("ce_hardest",)),
+        ({"class_focus": 2.0, "images": "folder", "calibration_images": "pool"}, ("class_focus",)),
+        (
+            {"class_focus": 2.0, "images": "noise", "calibration_images": "pool",
+             "noise_target": "cross_entropy"},
+            (),
+        ),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_is_known(fields, names):
+    assert tuple(Method(**fields).without_effect) == names
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_nothing_in_a_preset_is_without_effect(name, large):
+    assert not preset(name, image_size=224 if large else 32).method.without_effect

@@ -14,7 +14,7 @@ from lrq_jax.config import base_config, resolve
 from lrq_jax.data import Preprocessing
 from lrq_jax.graph import GraphBuilder
 from lrq_jax.passes import QuantSpec, calibrate, float_forward, freeze, student_forward
-from lrq_jax.passes.kernels import coarse_kernel, lineage_kernel
+from lrq_jax.passes.kernels import coarse_kernel, kernel_steps, lineage_kernel
 from lrq_jax.quantize import step_spec
 from lrq_jax.readers import Teacher
 from lrq_jax.sharding import data_mesh
@@ -329,6 +329,41 @@ def test_the_kernel_behind_an_activation_map_is_the_one_the_paper_placement_uses
     bias = student["params"][graph.classifier.name]["bias"]
     expected = values[graph.features] @ kernel + bias
     np.testing.assert_allclose(values[graph.output], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["integer", "paper"])
+@pytest.mark.parametrize("learned_steps", ["none", "weights"])
+def test_a_kernel_is_whole_steps_and_its_gradient_ends_at_their_limits(compared_pair, placement,
+                                                                       learned_steps):  # fmt: skip
+    """LSQ: no gradient to weights beyond the ends of a learned range."""
+    spec, variables, _, images, _ = compared_pair
+    own = QuantSpec(placement=placement, weight_bits=3, learned_steps=learned_steps)
+    student = dataclasses.replace(spec.student, spec=own)
+    _, state = calibrate(student, student.initial_variables(variables), images)
+    operation = student.operations[-1]
+    name = operation.layer.name
+    kernel_of = coarse_kernel if placement == "integer" else lineage_kernel
+    wide = 2 * state["params"][name]["kernel"]  # of ranges that were found before it grew
+    if learned_steps == "none":
+        wide = wide / 2
+
+    def coarse(kernel):
+        params = {**state["params"], name: {**state["params"][name], "kernel": kernel}}
+        return kernel_of(own, {**state, "params": params}, operation)
+
+    params = {**state["params"], name: {**state["params"][name], "kernel": wide}}
+    step, lowest, highest = kernel_steps(own, {**state, "params": params}, operation)
+    codes = np.asarray(coarse(wide) / step)
+    np.testing.assert_allclose(codes, np.rint(codes), atol=1e-4)
+    assert (np.rint(codes) >= lowest).all()
+    assert (np.rint(codes) <= highest).all()
+    place = np.asarray(wide / step)
+    beyond = (place < lowest - 1e-3) | (place > highest + 1e-3)
+    gradient = np.asarray(jax.grad(lambda kernel: coarse(kernel).sum())(wide))
+    expected = np.where(beyond & (learned_steps != "none"), 0.0, 1.0)
+    edge = np.minimum(np.abs(place - lowest), np.abs(place - highest)) < 1e-3
+    np.testing.assert_allclose(gradient[~edge], expected[~edge], rtol=1e-4)
+    assert learned_steps == "none" or beyond.any()
 
 
 def test_perturbed_images_are_harder_and_their_loss_is_added(compared_pair):

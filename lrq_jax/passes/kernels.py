@@ -7,10 +7,13 @@ import jax
 from lrq_jax.passes.float_forward import Variables
 from lrq_jax.passes.plan import Operation, QuantSpec
 from lrq_jax.quantizers.affine import (
+    SYMMETRIC_BITS,
     AffineParameters,
     dequantize,
     lineage_fake_quant,
+    lineage_parameters,
     quantize_weight,
+    weight_code_limits,
     weight_parameters,
 )
 from lrq_jax.quantizers.ranges import OBSERVERS, Range, stretched
@@ -58,8 +61,29 @@ def lineage_kernel(spec: QuantSpec, variables: Variables, operation: Operation) 
     """An operation's kernel as the `paper` placement's forward pass sees it."""
     kernel = variables["params"][operation.layer.name]["kernel"]
     limits = kernel_range(spec, variables, operation)
-    return lineage_fake_quant(kernel, limits["low"], limits["high"], bits=operation.weight_bits)
+    return lineage_fake_quant(
+        kernel, **limits, bits=operation.weight_bits, clip_mask=spec.learns_weight_steps
+    )
+
+
+def kernel_steps(spec: QuantSpec, variables: Variables, operation: Operation) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """What values an operation's kernel can have: multiples of a step, from one to another.
+
+    Returns:
+      The step, smallest and largest multiple, each `[C_out]`.
+    """
+    bits = operation.weight_bits
+    if spec.placement == "integer":
+        step, zero_point = kernel_parameters(spec, variables, operation)
+        lowest, highest = weight_code_limits(bits)
+        return step, lowest - zero_point, highest - zero_point
+    limits = kernel_range(spec, variables, operation)
+    scale, offset = lineage_parameters(limits["low"], limits["high"], bits)
+    half = 2 ** (bits - 1)
+    return 1 / scale, offset - half, offset + half - 1
 
 
 def _observed_range(spec: QuantSpec, kernel: jax.Array, bits: int) -> Range:
-    return OBSERVERS[spec.weight_observer](kernel, tuple(range(kernel.ndim - 1)), bits)
+    symmetric = spec.placement == "integer" and bits >= SYMMETRIC_BITS
+    observe = OBSERVERS[spec.weight_observer]
+    return observe(kernel, tuple(range(kernel.ndim - 1)), bits, symmetric=symmetric)

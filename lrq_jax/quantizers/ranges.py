@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from lrq_jax.ops.by_platform import traced_once
-from lrq_jax.quantizers.affine import affine_parameters, dequantize, quantize
+from lrq_jax.quantizers.affine import (
+    affine_parameters,
+    dequantize,
+    quantize,
+    quantize_weight,
+    weight_parameters,
+)
 
 Range = dict[str, jax.Array]
 """`{"low": ..., "high": ...}`, scalars for activations, `[C]` for weights."""
 
-Observer = Callable[[jax.Array, tuple[int, ...], int], Range]
-"""(values, axes to reduce, bits of the codes) -> Range."""
 
-SMALLEST_RATIO, RATIOS = 0.3, 36
+class Observer(Protocol):
+    """Finds the range of a tensor's values."""
+
+    def __call__(self, x: jax.Array, axes: tuple[int, ...], bits: int, *, symmetric: bool = False) -> Range:  # fmt: skip
+        """Range of `x` over `axes`, for codes of `bits`, symmetric ones (`weight_parameters`) or not."""
+        ...
+
+
+SMALLEST_RATIO, RATIOS = 0.02, 50
 """`smallest_error` tries this many shares of the whole range, from 1 down to the smallest."""
 
 LARGEST_SAMPLE = 2**16
@@ -28,18 +39,19 @@ ERROR_POWER = 2.4
 """Between squared and largest error; BRECQ's and QDrop's value."""
 
 
-def min_max(x: jax.Array, axes: tuple[int, ...], bits: int) -> Range:
+def min_max(x: jax.Array, axes: tuple[int, ...], bits: int, *, symmetric: bool = False) -> Range:
     """Smallest and largest value over `axes`."""
     return {"low": jnp.min(x, axes), "high": jnp.max(x, axes)}
 
 
-def percentile(x: jax.Array, axes: tuple[int, ...], bits: int, *, tail: float = 1e-3) -> Range:
+def percentile(x: jax.Array, axes: tuple[int, ...], bits: int, *, symmetric: bool = False,
+               tail: float = 1e-3) -> Range:  # fmt: skip
     """Range that leaves a fraction `tail` of the values outside at each end."""
     return {"low": jnp.quantile(x, tail, axes), "high": jnp.quantile(x, 1 - tail, axes)}
 
 
-@traced_once(static_argnames=("axes", "bits"))
-def smallest_error(x: jax.Array, axes: tuple[int, ...], bits: int) -> Range:
+@traced_once(static_argnames=("axes", "bits", "symmetric"))
+def smallest_error(x: jax.Array, axes: tuple[int, ...], bits: int, *, symmetric: bool = False) -> Range:  # fmt: skip
     """The share of the min-max range with the smallest mean `|x - dequantized|^2.4`.
 
     Clipping outliers buys finer steps for the rest; a search over `RATIOS` shares finds how many
@@ -47,13 +59,16 @@ def smallest_error(x: jax.Array, axes: tuple[int, ...], bits: int) -> Range:
 
     Args:
       axes: the leading axes of `x`, so that what is left broadcasts against it.
+      symmetric: codes of weights of 7 and more bits.
     """
     whole = min_max(x, axes, bits)
     x, axes = _thinned(x, axes)
+    parameters_of = weight_parameters if symmetric else affine_parameters
+    codes_of = quantize_weight if symmetric else quantize
 
     def error(ratio: jax.Array) -> jax.Array:
-        parameters = affine_parameters(ratio * whole["low"], ratio * whole["high"], bits)
-        wrong = jnp.abs(dequantize(quantize(x, parameters, bits), parameters) - x)
+        parameters = parameters_of(ratio * whole["low"], ratio * whole["high"], bits)
+        wrong = jnp.abs(dequantize(codes_of(x, parameters, bits), parameters) - x)
         return jnp.mean(wrong**ERROR_POWER, axes)
 
     ratios = jnp.linspace(1.0, SMALLEST_RATIO, RATIOS)

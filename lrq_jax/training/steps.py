@@ -18,7 +18,7 @@ from lrq_jax.passes import calibrate
 from lrq_jax.passes.bias_correction import bias_corrected
 from lrq_jax.passes.equalization import equalized
 from lrq_jax.passes.float_forward import Variables
-from lrq_jax.passes.kernels import kernel_parameters
+from lrq_jax.passes.kernels import kernel_steps
 from lrq_jax.passes.rounding import rounded_weights, with_held_ranges
 from lrq_jax.quantizers.rounding import ROUNDINGS
 from lrq_jax.resources import accumulated_gradient
@@ -222,13 +222,10 @@ def _inundated(updates: Variables, student: Variables, spec: StepSpec) -> Variab
     for operation in spec.student.operations:
         if operation.weight_bits:
             name = operation.layer.name
-            step = kernel_parameters(spec.student.spec, student, operation).scale
+            steps = kernel_steps(spec.student.spec, student, operation)
             kernel = student["params"][name]["kernel"]
-            share = spec.method.inundation
-            params[name] = {
-                **params[name],
-                "kernel": inundated(params[name]["kernel"], kernel, step, share),
-            }
+            update = inundated(params[name]["kernel"], kernel, *steps, spec.method.inundation)
+            params[name] = {**params[name], "kernel": update}
     return {**updates, "params": params}
 
 
