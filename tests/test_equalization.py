@@ -107,13 +107,27 @@ def test_bias_correction_takes_the_mean_error_out():
     assert error(only, "biased", "biased").max() < 1e-4
 
 
-@pytest.mark.parametrize("build", GRAPHS, ids=lambda build: build.__name__)
+def read_by_batch_norms():
+    """A tensor that a convolution reads and a batch norm too, as in networks that activate first."""
+    net = GraphBuilder("read", input_shape=(8, 8, 3))
+    x = net.relu(net.batch_norm(net.conv(net.image, 6, 3)))
+    y = net.relu(net.batch_norm(x, name="reader"))
+    y = net.add(net.conv(x, 5, 1), net.conv(y, 5, 3))
+    net.dense(net.global_pool(y), 4, name="classifier")
+    return net.build()
+
+
+@pytest.mark.parametrize("build", [*GRAPHS, read_by_batch_norms], ids=lambda build: build.__name__)
 def test_equalization_leaves_the_float_network_as_it_was(build):
     graph, images = build(), random_images(4, batch=32)
     variables = with_true_statistics(graph, random_variables(graph), images)
     new = equalized(graph, variables)
     before, after = float_logits(graph, variables, images), float_logits(graph, new, images)
     np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
+    true = with_true_statistics(graph, new, images)["batch_stats"]  # still those of what is read
+    for name, entry in new["batch_stats"].items():
+        np.testing.assert_allclose(entry["var"], true[name]["var"], rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(entry["mean"], true[name]["mean"], atol=1e-4, err_msg=name)
     moved = [name for name, entry in new["params"].items()
              if any((entry[k] != variables["params"][name][k]).any() for k in entry)]  # fmt: skip
     assert bool(moved) == (build.__name__ not in ("gated_like", "vgg_like"))

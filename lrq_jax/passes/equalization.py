@@ -148,8 +148,10 @@ def _divide_made(maker: L.Layer, params: Variables, factor: jax.Array) -> None:
 def _multiply_read(reader: L.Layer, params: Variables, stats: Variables, factor: jax.Array) -> None:  # fmt: skip
     """Multiplies, in place, what reads a tensor."""
     if isinstance(reader, L.BatchNorm):  # gain*(x - mean) = (gain*s)*(x/s - mean/s)
-        params[reader.name]["scale"] = params[reader.name]["scale"] * factor
-        stats[reader.name]["mean"] = stats[reader.name]["mean"] / factor
+        entry, var = stats[reader.name], stats[reader.name]["var"] / factor**2
+        same = jnp.sqrt((var + reader.eps) / (entry["var"] + reader.eps))
+        params[reader.name]["scale"] = params[reader.name]["scale"] * factor * same
+        stats[reader.name] = {**entry, "mean": entry["mean"] / factor, "var": var}
     elif _is_depthwise(reader):
         kernel = params[reader.name]["kernel"]
         params[reader.name]["kernel"] = kernel * jnp.repeat(factor, kernel.shape[-1] // len(factor))
