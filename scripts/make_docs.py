@@ -23,8 +23,9 @@ def results_page() -> str:
         "# Results",
         "",
         "Every run logged in `results/`, made into this page by `python scripts/make_docs.py`. Top-1",
-        "in percent on all images after the last step; nothing was selected on them. Minutes are wall",
-        "time on the machine named. A run is repeated by its command at its commit: a run whose name",
+        "in percent on all images after the last step; no step, seed or run was selected on them. Minutes",
+        "are wall time on the machine named; with a star those of images taken from another run are not",
+        "in it. A run is repeated by its command at its commit: a run whose name",
         "says so (`before mixup`, `rate 5e-4`, `white noise`) was of an earlier recipe, and the same",
         "command now runs today's. Where a command names a teacher or images, it is by the last part",
         "of their path. Figures vary a little from one processor to another, as sums are rounded.",
@@ -48,11 +49,13 @@ def results_page() -> str:
 
 def _row(row: dict[str, Any]) -> str:
     number = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
-    minutes = sum(row["wall_seconds"].values()) / 60
+    minutes = f"{sum(row['wall_seconds'].values()) / 60:.1f}"
+    if row.get("settings", {}).get("pool_path"):
+        minutes += "*"
     return (
         f"| {row['cell']} | W{row['weight_bits']}A{row['act_bits']} | {row['placement']} | "
         f"{number(row['teacher']['top1'])} | {number(row['student']['top1'])} | "
-        f"{number(row['drop'])} | {row['images']:,} | {minutes:.1f} | {row.get('commit', '-')} |"
+        f"{number(row['drop'])} | {row['images']:,} | {minutes} | {row.get('commit', '-')} |"
     )
 
 
