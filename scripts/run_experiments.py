@@ -19,6 +19,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -207,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="results", type=Path)
     parser.add_argument("--runs", default="runs", type=Path, help="where run directories go")
     parser.add_argument("--jobs", default=1, type=int, help="runs at a time")
-    parser.add_argument("--only", help="cells whose name holds this text")
+    parser.add_argument("--only", help="the cell of this name, or those whose name holds it")
     parser.add_argument(
         "--flags", default="", help="added to every cell; give --label a name for it"
     )
@@ -268,7 +269,7 @@ def main() -> int:
             file.write(json.dumps(entry) + "\n")
         print(f"{cell}: drop {report['drop']}, student {report['student']['top1']}", flush=True)
 
-    missing = [cell for cell in cells if cell not in done and (arguments.only or "") in cell]
+    missing = [cell for cell in _chosen(cells, arguments.only) if cell not in done]
     if not arguments.train_data:
         missing = [cell for cell in missing if REAL[0] not in cells[cell]]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
@@ -286,6 +287,12 @@ def main() -> int:
 
 class RunFailed(RuntimeError):
     """A cell's command ended with another exit code than 0; the message holds its last lines."""
+
+
+def _chosen(cells: Iterable[str], only: str | None) -> list[str]:
+    """The cell named so, or else all whose name holds the text, or all."""
+    names = list(cells)
+    return [only] if only in names else [cell for cell in names if (only or "") in cell]
 
 
 def _workdir_name(cell: str) -> str:

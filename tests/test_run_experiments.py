@@ -43,6 +43,13 @@ def test_a_run_without_a_pool_of_its_own_offers_none(tmp_path):
     assert pool_of("W3A3", CELLS, tmp_path / "W3A3") is None
 
 
+def test_one_cell_can_be_asked_for_by_its_name():
+    chosen, cells = SCRIPT["_chosen"], ("squant", "squant, equalized", "nearest")
+    assert chosen(cells, "squant") == ["squant"]
+    assert chosen(cells, "squ") == ["squant", "squant, equalized"]
+    assert chosen(cells, None) == list(cells)
+
+
 def test_a_second_start_takes_what_it_took_before(tmp_path):
     finish(tmp_path / "W4A4_seed_0")
     (tmp_path / "W3A3").mkdir()
