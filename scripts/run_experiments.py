@@ -143,7 +143,7 @@ TEN_MINUTES = {
         "--config.method.noise_iterations=100",
         "--config.method.noise_plateau_patience=3",
         "--config.method.noise_generator_decay_every=3",
-        "--config.method.reconstruction_iterations=400",
+        "--config.method.reconstruction_iterations=900",
         "--config.method.reconstruction_learning_rate=0.01",
         "--config.method.reconstruction_step_rate=0.001",
     ],
