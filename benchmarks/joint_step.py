@@ -3,34 +3,51 @@
     pip install ".[dev]" torch
     python benchmarks/joint_step.py                    # all cases; JSON in results/joint_step.jsonl
     python benchmarks/joint_step.py --only r20-64 --pairs 20
-    python benchmarks/joint_step.py --compiled         # GPUs: against torch.compile of the same twin
+    python benchmarks/joint_step.py --compiled         # torch.compile of the same twin beside both
 
 Two processes hold a side each (`joint_worker.py`); calls of a part alternate between them, so that
 whatever else the machine does slows both, and a side never computes while the other does. Both use
 the processors this command may use (on Linux: `taskset`), or the one GPU. The ratio is the median
 of those of each alternating pair; minima are shown beside, and the same ratio of processor seconds,
-which a busy machine changes less. Before anything is timed both make two
-steps from the same state on the same noise, and the largest difference of what they minimise is
-shown: it is the same step. The twin runs in that of PyTorch's memory layouts that is faster for it.
-Both get huge pages of memory on request, as `lrq_jax.main` does; PyTorch alone seldom has them.
+which a busy machine changes less. The twin runs in that of PyTorch's memory layouts that is faster
+for it. Both get huge pages of memory on request, as `lrq_jax.main` does; PyTorch alone seldom has
+them.
+
+Before anything is timed both make two steps from the same state on the same noise. In float32 the
+losses of the first, and each term of them, must agree within `TOLERANCES`, or the command ends with
+exit code 1 and writes nothing. Differences of the second step, after an update, are shown.
+
+A share of the peak is that of one peak for all sides, the fastest matrix product that any of them
+made: another side's library may multiply faster than one's own. FLOPs of ours are counted in our
+program as it is written for the platform (jax's cost analysis before XLA optimises), the twin's are
+those of its products and convolutions (`FlopCounterMode`): ours needs fewer, so that a lower share
+can be the faster step.
+
+`--compiled` adds a third process, whose twin's forwards and losses went through `torch.compile`. If
+it is not ready after `--compile-budget` seconds it is ended and left out, the rest is measured as
+without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from joint_worker import PARTS, Case
+import child_processes
+from joint_worker import PARTS, STEPS, Case
+from provenance import REPOSITORY, provenance
 
 from lrq_jax.huge_pages import TUNABLE, VARIABLE
 
@@ -50,30 +67,88 @@ GPU_CASES = {
     "r18-64-gpu": Case(network=LARGE, batch=64, attention="after_block1", steps=20),
 }
 """Of 20 steps between two waits, as the loop makes them on a GPU."""
+WORKER = Path(__file__).with_name("joint_worker.py")
 SIDES = ("ours", "torch")
+COMPILED = "compiled"
+"""The third side, of whole steps alone."""
+TOLERANCES = {"generator": 2e-4, "student": 0.1}
+"""Relative differences of losses in the first float32 step that rounding explains. The generator's
+were up to 8e-5 on CPUs and a GPU; a slope of 0.19 for 0.2 or a norm's epsilon of 1e-3 for 1e-5 makes
+more of them. In the student one activation that rounds to the other code moves all later codes of its
+image, and that image's logits by up to 0.5: of 16 images one or two, 1.4 % of the distillation; rounded
+down instead of to the nearest, ranges' ends make 28 %. Losses on equal logits are compared in the
+tests, to rounding."""
+SMALLEST_SHARE = 1e-3
+"""Of a loss that each of its terms must be, or it could be wrong unnoticed: random weights with
+which activations grow layer by layer leave a loss of one term."""
 HUGE_PAGES = {VARIABLE: f"{TUNABLE}=1", "THP_MEM_ALLOC_ENABLE": "1"}
 """Of glibc, and of PyTorch's own allocator."""
+GPU_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.35"}
+"""What jax takes of a GPU at once, unless the environment says otherwise: all sides share it."""
+
+
+class DifferentSteps(RuntimeError):
+    """Two sides do not make the same step, or nothing shows that they do."""
+
+
+class NotReady(RuntimeError):
+    """A side has ended, or was ended, before it could be timed."""
 
 
 class Worker:
-    """A process that runs parts of one side's step on demand."""
+    """A process that runs parts of one side's step on demand, ended with its context.
 
-    def __init__(self, side: str, case: Case, exchange: Path) -> None:
-        script = Path(__file__).with_name("joint_worker.py")
-        root = str(script.parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    Raises:
+      NotReady: it ended, or `budget` seconds (None: any time) were not enough to get ready.
+    """
+
+    def __init__(self, side: str, case: Case, exchange: Path, *,
+                 budget: float | None = None) -> None:  # fmt: skip
+        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         arguments = [side, json.dumps(dataclasses.asdict(case)), str(exchange)]
-        self._process = subprocess.Popen(
-            [sys.executable, str(script), *arguments],
+        self._process = child_processes.start(
+            [sys.executable, str(WORKER), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **HUGE_PAGES, "PYTHONPATH": path},
+            env={**GPU_MEMORY, **os.environ, **HUGE_PAGES, "PYTHONPATH": path},
         )  # fmt: skip
-        self.description: dict[str, Any] = json.loads(self._line())
+        try:
+            self.description: dict[str, Any] = self._first_line(budget)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        child_processes.end(self._process)
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # of what was not sent any more
+                pipe.close()
+
+    def _first_line(self, budget: float | None) -> dict[str, Any]:
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            child_processes.end(self._process)
+
+        watchdog = threading.Timer(budget or 0.0, end)
+        if budget is not None:
+            watchdog.start()
+        try:
+            return json.loads(self._line())
+        except NotReady:
+            if late.is_set():
+                raise NotReady(f"not ready after {budget:g} s") from None
+            raise
+        finally:
+            watchdog.cancel()
 
     def _line(self) -> str:
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a worker ended with exit code {self._process.wait()}; see above")
+            raise NotReady(f"ended with exit code {self._process.wait()}; see above")
         return line
 
     def run(self, part: str) -> tuple[float, float]:
@@ -89,57 +164,114 @@ class Worker:
         return found
 
 
-def measure(case: Case, *, pairs: int, seconds: float) -> dict[str, Any]:
+def check_first_step(case: Case, side: Mapping[str, Any]) -> None:
+    """Compares the losses of a side's first step with ours; see `TOLERANCES`.
+
+    Args:
+      case: of another precision than float32 nothing is refused; with other quantizers than the
+        twin's the student's losses are not compared.
+      side: a description with `losses` of the first steps, `{name: (ours, its)}` each, and
+        `weights_of_losses`, of the terms that `generator/loss` and `student/loss` sum.
+
+    Raises:
+      DifferentSteps: a loss or a term differs; or a term is so small a part of its sum that it
+        could be wrong unnoticed.
+    """
+    if case.precision != "float32":
+        return
+    first, weights = side["losses"][0], side["weights_of_losses"]
+    parts = ("generator", "student") if case.placement == "paper" else ("generator",)
+    for name, (ours, its) in first.items():
+        part = name.partition("/")[0]
+        if part not in parts or name not in (*weights, f"{part}/loss"):
+            continue
+        total, tolerance = first[f"{part}/loss"][0], TOLERANCES[part]
+        if not abs(weights.get(name, 1.0) * ours) > SMALLEST_SHARE * abs(total):
+            raise DifferentSteps(
+                f"{case.name}: {name} is {ours:.3g} in a sum of {total:.6g}, expected more than "
+                f"{SMALLEST_SHARE:g} of it: nothing would show an error of this term; choose another "
+                "first state"
+            )
+        if not abs(its - ours) <= tolerance * abs(ours):
+            raise DifferentSteps(
+                f"{case.name}: the first step's {name} is {ours:.6g} and the twin's {its:.6g}, "
+                f"expected a relative difference of at most {tolerance:g}: this is not the same step"
+            )
+
+
+def relative_differences(side: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Of each loss of each of the first steps."""
+    return [
+        {name: abs(its - ours) / max(abs(ours), 1e-12) for name, (ours, its) in step.items()}
+        for step in side["losses"]
+    ]
+
+
+def measure(case: Case, *, pairs: int, seconds: float, compile_budget: float) -> dict[str, Any]:
     """One case: `pairs` alternating calls of the whole step (fewer of its parts), ended after
-    about `seconds`, but never before three pairs."""
-    with tempfile.TemporaryDirectory() as folder:
+    about `seconds`, but never before three pairs.
+
+    Raises:
+      DifferentSteps: the sides do not make the same step.
+    """
+    left_out = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         exchange = Path(folder) / "exchange.npz"
-        workers = {side: Worker(side, case, exchange) for side in SIDES}  # ours first: it writes
-        times = {part: {side: [] for side in SIDES} for part in PARTS}
-        started = time.monotonic()
-        for part in reversed(PARTS):
-            wanted = pairs if part == "joint" else max(3, pairs // 3)
-            for worker in workers.values():
-                worker.run(part)
-            for done in range(wanted):
-                if done >= 3 and time.monotonic() - started > seconds:
-                    break
-                for side in SIDES if done % 2 else reversed(SIDES):
-                    times[part][side].append(workers[side].run(part))
-        described = {side: workers[side].description | workers[side].finish() for side in SIDES}
-    return {"case": case.name, **dataclasses.asdict(case), **_summary(times, described, case)}
+        workers = {}
+        for side in SIDES:  # ours first: it writes
+            workers[side] = stack.enter_context(Worker(side, case, exchange))
+        torch = workers["torch"].description
+        check_first_step(case, torch)
+        if case.compiled:
+            own = dataclasses.replace(case, layout=torch["layout"])
+            try:
+                worker = Worker(COMPILED, own, exchange, budget=compile_budget)
+                workers[COMPILED] = stack.enter_context(worker)
+                check_first_step(case, worker.description)
+            except (NotReady, DifferentSteps) as error:
+                left_out[COMPILED] = str(error)
+                workers.pop(COMPILED, None)
+        times = timed(workers, pairs=pairs, seconds=seconds)
+        described = {side: worker.description | worker.finish() for side, worker in workers.items()}
+    summary = _summary(times, described, case)
+    return {"case": case.name, **dataclasses.asdict(case), "left_out": left_out, **summary}
+
+
+def timed(workers: Mapping[str, Any], *, pairs: int, seconds: float) -> dict[str, Any]:
+    """Seconds of alternating calls, `{part: {side: [(wall, processor), ...]}}`."""
+    times = {}
+    started = time.monotonic()
+    for part in reversed(PARTS):
+        sides = [side for side in workers if part in STEPS or side != COMPILED]
+        times[part] = {side: [] for side in sides}
+        wanted = pairs if part == "joint" else max(3, pairs // 3)
+        for side in sides:
+            workers[side].run(part)
+        for done in range(wanted):
+            if done >= 3 and time.monotonic() - started > seconds:
+                break
+            for side in sides if done % 2 else reversed(sides):
+                times[part][side].append(workers[side].run(part))
+    return times
 
 
 def _summary(times: dict, described: dict, case: Case) -> dict[str, Any]:
-    parts = {}
-    for part, found in times.items():
-        wall, processor = (
-            [b[i] / a[i] for a, b in zip(found["ours"], found["torch"], strict=True)]
-            for i in (0, 1)
-        )
-        parts[part] = {
-            "pairs": len(wall),
-            "speedup": round(statistics.median(wall), 3),
-            "processor_speedup": round(statistics.median(processor), 3),
-        }
-        for side in SIDES:
-            walls, processors = zip(*found[side], strict=True)
-            parts[part] |= {
-                f"{side}_min": round(min(walls), 4),
-                f"{side}_median": round(statistics.median(walls), 4),
-                f"{side}_processor_median": round(statistics.median(processors), 4),
-            }
+    parts = {part: _summary_of_part(found) for part, found in times.items()}
+    flops = {side: about["flops"] for side, about in described.items()}
+    flops = {side: flops["torch"] if own is None else own for side, own in flops.items()}
+    rates = {side: flops[side] / parts["joint"][f"{side}_median"] for side in described}
+    shares = shares_of_peak(rates, {s: about["matmul_flops"] for s, about in described.items()})
     sides = {}
-    for side in SIDES:
-        joint, about = parts["joint"][f"{side}_median"], described[side]
-        # XLA does not count what cuDNN does for it; the twin's are those of the plain step.
-        about["flops"] = about["flops"] or described["torch"]["flops"]
+    for side, about in described.items():
         sides[side] = {
             **about,
-            "images_per_second": round(case.batch / joint, 1),
-            "flops_per_second": about["flops"] / joint,
-            "share_of_matmul_peak": round(about["flops"] / joint / about["matmul_flops"], 3),
+            "flops": flops[side],
+            "images_per_second": round(case.batch / parts["joint"][f"{side}_median"], 1),
+            "flops_per_second": rates[side],
+            "share_of_matmul_peak": round(shares[side], 3),
         }
+        if "losses" in about:
+            sides[side]["relative_differences_of_losses"] = relative_differences(about)
     joint = parts["joint"]
     return {
         "speedup": joint["speedup"],
@@ -149,53 +281,85 @@ def _summary(times: dict, described: dict, case: Case) -> dict[str, Any]:
     }
 
 
+def shares_of_peak(rates: Mapping[str, float], peaks: Mapping[str, float]) -> dict[str, float]:
+    """FLOP/s of each side as a share of the largest peak that any of them showed."""
+    return {side: rate / max(peaks.values()) for side, rate in rates.items()}
+
+
+def _summary_of_part(found: Mapping[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"pairs": len(found["ours"])}
+    for side, calls in found.items():
+        walls, processors = zip(*calls, strict=True)
+        if side != "ours":
+            prefix = "" if side == "torch" else f"{side}_"
+            for name, own, values in zip(
+                ("speedup", "processor_speedup"),
+                zip(*found["ours"], strict=True),
+                (walls, processors),
+                strict=True,
+            ):
+                ratios = [theirs / ours for ours, theirs in zip(own, values, strict=True)]
+                summary[prefix + name] = round(statistics.median(ratios), 3)
+        summary |= {
+            f"{side}_min": round(min(walls), 4),
+            f"{side}_median": round(statistics.median(walls), 4),
+            f"{side}_processor_median": round(statistics.median(processors), 4),
+        }
+    return summary
+
+
 def table(result: dict[str, Any]) -> str:
     """A result for a person."""
-    ours, torch = (result["sides"][side] for side in SIDES)
+    sides = result["sides"]
     lines = [
         f"{result['case']}: {result['speedup']:.2f}x; losses of the first steps within "
         + ", ".join(
             f"{max(d['generator/loss'], d['student/loss']):.1e}"
-            for d in torch["relative_differences_of_losses"]
+            for d in sides["torch"]["relative_differences_of_losses"]
         ),
-        f"  {'seconds':<22}{'ours median (min)':>22}{'torch median (min)':>22}{'ratio':>8}"
-        f"{'of CPU':>8}",
+        f"  {'seconds, median (min)':<24}"
+        + "".join(
+            f"{side:>20}" + f"{'ratio':>7}{'of CPU':>7}" * (side != "ours") for side in sides
+        ),
     ]
     for part in PARTS:
-        row = result["seconds"][part]
-        mine, theirs = (f"{row[f'{side}_median']:.4f} ({row[f'{side}_min']:.4f})" for side in SIDES)
-        lines.append(
-            f"  {part:<22}{mine:>22}{theirs:>22}{row['speedup']:>8.2f}"
-            f"{row['processor_speedup']:>8.2f}"
-        )
-    for name, unit, scale in (
-        ("images_per_second", "images/s", 1),
-        ("flops", "GFLOP a step", 1e9),
-        ("flops_per_second", "GFLOP/s", 1e9),
-        ("matmul_flops", "matmul GFLOP/s", 1e9),
-        ("peak_bytes", "MB at the peak", 1e6),
-        ("compile_seconds", "s to compile", 1),
+        row, cells = result["seconds"][part], []
+        for side in sides:
+            if f"{side}_median" not in row:
+                continue
+            cells.append(f"{row[f'{side}_median']:.4f} ({row[f'{side}_min']:.4f})".rjust(20))
+            if side != "ours":
+                prefix = "" if side == "torch" else f"{side}_"
+                ratios = (row[f"{prefix}{name}"] for name in ("speedup", "processor_speedup"))
+                cells += [f"{ratio:>7.2f}" for ratio in ratios]
+        lines.append(f"  {part:<24}" + "".join(cells))
+    for name, unit, scale, places in (
+        ("images_per_second", "images/s", 1, 1),
+        ("flops", "GFLOP a step", 1e9, 1),
+        ("flops_per_second", "GFLOP/s", 1e9, 1),
+        ("share_of_matmul_peak", "of the matmul peak", 1, 3),
+        ("matmul_flops", "matmul GFLOP/s", 1e9, 1),
+        ("peak_bytes", "MB at the peak", 1e6, 1),
+        ("compile_seconds", "s to compile", 1, 1),
     ):
-        lines.append(f"  {unit:<22}{ours[name] / scale:>22.1f}{torch[name] / scale:>22.1f}")
+        cells = [
+            f"{about[name] / scale:>20.{places}f}" + " " * 14 * (side != "ours")
+            for side, about in sides.items()
+        ]
+        lines.append(f"  {unit:<24}" + "".join(cells).rstrip())
+    lines += [f"  {side} was left out: {why}" for side, why in result["left_out"].items()]
     return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
-    """What this ran on."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        text = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in text if x.startswith("model name")), model)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"cpu": model, "usable_cpus": usable, "load_at_start": load}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help=f"of {[*CASES, *GPU_CASES]}")
     parser.add_argument("--gpu", action="store_true", help=f"the cases {sorted(GPU_CASES)}")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile the twin")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile as a third side")
+    parser.add_argument(
+        "--compile-budget", type=float, default=300.0,
+        help="seconds in which that side must be ready, its start included",
+    )  # fmt: skip
     parser.add_argument("--precision", default="float32", help="of both sides' float products")
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=120.0, help="a case, about")
@@ -203,26 +367,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Measures the chosen cases, appends a line of JSON each."""
+def main() -> int:
+    """Measures the chosen cases, appends a line of JSON each; returns 1 after a message where two
+    sides do not make the same step."""
     parser = _parser()
     options = parser.parse_args()
     known = {**CASES, **GPU_CASES}
     unknown = sorted(set(options.only or ()) - set(known))
     if unknown:
         parser.error(f"--only: found {unknown}, expected some of {sorted(known)}")
+    child_processes.leave_on_sigterm()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.only or (GPU_CASES if options.gpu else CASES):
         case = dataclasses.replace(
             known[name], compiled=options.compiled, precision=options.precision
         )
-        about = machine()
-        result = {"name": name, **measure(case, pairs=options.pairs, seconds=options.seconds)}
-        result |= {"machine": about, "date": time.strftime("%Y-%m-%d"), "huge_pages": True}
+        about = provenance()
+        try:
+            result = measure(
+                case, pairs=options.pairs, seconds=options.seconds,
+                compile_budget=options.compile_budget,
+            )  # fmt: skip
+        except (DifferentSteps, NotReady) as error:
+            print(f"joint_step: {name}: {error}", file=sys.stderr)
+            return 1
+        result = {"name": name, **result, **about, "huge_pages": True}
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         print(table(result), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,17 +1,19 @@
 """One side of `joint_step.py`: holds a training step, runs a part of it for each line it reads.
 
-    python benchmarks/joint_worker.py {ours,torch} CASE EXCHANGE
+    python benchmarks/joint_worker.py {ours,torch,compiled} CASE EXCHANGE
 
 CASE is JSON, the fields of `Case`. First a line of JSON comes out that describes the side, then, for
 each line of input with the name of a part, the seconds and processor seconds it took; at the end of
 input the memory.
-`ours` writes its first state, draws and losses to the file EXCHANGE, `torch` starts from them.
+`ours` writes its first state, draws and losses to the file EXCHANGE, `torch` and `compiled` (the
+same through `torch.compile`) start from them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -22,9 +24,13 @@ from typing import Any
 
 import numpy as np
 
-MATMUL_SIDE = 2048
+MATMUL_SIDE = {"cpu": 2048, "gpu": 8192}
+"""Of the square matrices whose product shows a peak: tens of milliseconds, beside which a launch and
+its waiting do not count."""
 CHECKED_STEPS = 2
 """Steps both sides make on the same noise: the second one's losses show the first one's updates."""
+FEW = 8
+"""Images that a random teacher's statistics, ranges and centres of classes come from."""
 PARTS = ("images", "teacher", "generator", "joint")
 """The generator's forward; the teacher's, with statistics; a step that updates the generator alone;
 the whole step. Each contains the ones before it but `teacher`, which has images at hand."""
@@ -43,7 +49,8 @@ class Case:
       placement: of our student's quantizers; the twin's are always the `paper` ones.
       bits: of weights and activations.
       precision: as the config's field of this name.
-      compiled: the twin goes through `torch.compile`.
+      layout: of the twin's maps and kernels; empty: that which is faster for it.
+      compiled: a third side is the twin through `torch.compile`.
       steps: of training between two waits for the device, as the loop makes them.
       calls: of so many steps that a side makes when it is its turn, as training makes them: memory
         that lay free in between can be slow to get back, from a virtual machine's host above all.
@@ -55,6 +62,7 @@ class Case:
     placement: str = "paper"
     bits: int = 4
     precision: str = "float32"
+    layout: str = ""
     compiled: bool = False
     steps: int = 1
     calls: int = 1
@@ -92,6 +100,7 @@ def our_side(case: Case, exchange: Path) -> Side:
     """Compiled parts of our step."""
     import jax
     import jax.numpy as jnp
+    from subjects import random_variables
 
     from lrq_jax.data import Preprocessing
     from lrq_jax.quantize import step_spec
@@ -104,9 +113,10 @@ def our_side(case: Case, exchange: Path) -> Side:
 
     graph, settings = run_settings(case)
     jax.config.update("jax_default_matmul_precision", settings.resources.matmul_precision)
+    few = jax.random.normal(jax.random.key(1), (FEW, *graph.input_shape))
     teacher = Teacher(
         graph=graph,
-        variables=random_variables(graph),
+        variables=random_variables(graph, few),
         preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=graph.input_shape[0]),
         arch=case.network,
     )
@@ -115,7 +125,7 @@ def our_side(case: Case, exchange: Path) -> Side:
     variables = put_replicated(teacher.variables, mesh)
     start = jax.jit(steps.initial_state, static_argnums=(0, 2))
     state = start(spec, teacher.variables, 0)
-    state = put_replicated(_with_ranges(state, teacher), mesh)
+    state = put_replicated(calibrated(state, teacher, few), mesh)
     jax.block_until_ready(state)
 
     clock = time.monotonic()
@@ -146,15 +156,22 @@ def our_side(case: Case, exchange: Path) -> Side:
         "generator": lambda: step("generator"),
         "joint": lambda: step("joint"),
     }
-    side = jnp.ones((MATMUL_SIDE, MATMUL_SIDE))
+    on_cpu = jax.default_backend() == "cpu"
+    size = MATMUL_SIDE["cpu" if on_cpu else "gpu"]
+    side = jnp.ones((size, size))
     product = jax.jit(jnp.matmul)
-    memory, on_cpu = programs["joint"].memory_analysis(), jax.default_backend() == "cpu"
+    memory = programs["joint"].memory_analysis()
     description = {
         "versions": {"jax": jax.__version__},
         "device": f"{jax.devices()[0].device_kind}, {jax.default_backend()}",
         "compile_seconds": seconds,
-        "flops": programs["joint"].cost_analysis()["flops"] if on_cpu else None,
-        "matmul_flops": _matmul(lambda: jax.block_until_ready(product(side, side))),
+        "flops": counted_flops(
+            functools.partial(steps.joint_step, spec=spec),
+            states["joint"],
+            variables,
+            platform=jax.default_backend(),
+        ),
+        "matmul_flops": _matmul(lambda: jax.block_until_ready(product(side, side)), size),
         "program_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
     }
     if on_cpu:
@@ -162,45 +179,42 @@ def our_side(case: Case, exchange: Path) -> Side:
     return description, parts, lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
-def random_variables(graph: Any) -> Any:
-    """Variables with which activations stay alive at any depth."""
-    rng = np.random.default_rng(0)
-
-    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name == "kernel":
-            return rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))
-        return (
-            rng.uniform(0.5, 1.5, shape)
-            if name in ("scale", "var")
-            else 0.2 * rng.standard_normal(shape)
-        )
-
-    return {
-        collection: {
-            layer: {name: np.float32(draw(name, shape)) for name, shape in shapes.items()}
-            for layer, shapes in layers.items()
-        }
-        for collection, layers in graph.variable_shapes().items()
-    }
-
-
-def _with_ranges(state: Any, teacher: Any) -> Any:
-    """The state with ranges of activations: those of the teacher on a few images."""
+def counted_flops(step: Callable[..., Any], *arguments: Any, platform: str) -> float:
+    """Floating-point operations of a step as it is written for the platform, before XLA optimises
+    it: what it puts into calls of cuDNN it no longer counts. Elementwise operations are in it."""
     import jax
 
+    from lrq_jax.ops.by_platform import tracing_for
+
+    with tracing_for(platform):
+        return jax.jit(step).lower(*arguments).cost_analysis()["flops"]
+
+
+def calibrated(state: Any, teacher: Any, images: Any) -> Any:
+    """The state with ranges of activations, those of the teacher on some images, and with a centre
+    for each class: features of the images in turn, so that no class has none."""
+    import jax
+    import jax.numpy as jnp
+
+    from lrq_jax.losses import update_centers
     from lrq_jax.passes import float_forward
 
-    quant = state.student["quant"]
-    names = tuple(name for name in quant["activations"] if name in teacher.graph.by_name)
+    graph, quant = teacher.graph, state.student["quant"]
+    names = tuple(name for name in quant["activations"] if name in graph.by_name)
 
-    def ends(variables: Any, images: Any) -> Any:
-        values = float_forward(teacher.graph, variables, images, names)
-        return {name: {"low": x.min(), "high": x.max()} for name, x in values.items()}
+    def found(variables: Any, images: Any) -> Any:
+        values = float_forward(graph, variables, images, (*names, graph.features))
+        return {n: {"low": values[n].min(), "high": values[n].max()} for n in names}, values[
+            graph.features
+        ]
 
-    few = jax.random.normal(jax.random.key(1), (2, *teacher.graph.input_shape))
-    found = jax.jit(ends)(teacher.variables, few)
-    ranges = {**quant["activations"], **found}
-    return state._replace(student={**state.student, "quant": {**quant, "activations": ranges}})
+    ends, features = jax.jit(found)(teacher.variables, images)
+    labels = jnp.arange(graph.num_classes)
+    ranges = {**quant["activations"], **ends}
+    return state._replace(
+        student={**state.student, "quant": {**quant, "activations": ranges}},
+        centers=update_centers(state.centers, features[labels % len(features)], labels),
+    )
 
 
 def _record_first_steps(exchange: Path, spec: Any, teacher: Any, program: Any, state: Any,
@@ -217,6 +231,7 @@ def _record_first_steps(exchange: Path, spec: Any, teacher: Any, program: Any, s
         }
 
     arrays = flat("generator", state.generator)
+    arrays |= {f"centers/{n}": np.asarray(x) for n, x in state.centers._asdict().items()}
     for collection in teacher.variables.values():
         arrays |= flat("teacher", collection)
     for name, ends in state.student["quant"]["activations"].items():
@@ -237,8 +252,9 @@ def _record_first_steps(exchange: Path, spec: Any, teacher: Any, program: Any, s
 # --- the twin ------------------------------------------------------------------------------------
 
 
-def torch_side(case: Case, exchange: Path) -> Side:
-    """Eager parts of the twin, in the memory layout that is faster for it."""
+def torch_side(case: Case, exchange: Path, *, compiled: bool = False) -> Side:
+    """Parts of the twin: eager, in the memory layout that is faster for it; or compiled, of which
+    there are whole steps alone."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from torch_twin import Twin
@@ -257,50 +273,50 @@ def torch_side(case: Case, exchange: Path) -> Side:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def make(layout: torch.memory_format) -> Twin:
-        return Twin(graph, settings.method, arrays, bits=case.bits, layout=layout, device=device)
+    def make(layout: str) -> Twin:
+        return Twin(graph, settings.method, arrays, bits=case.bits, layout=getattr(torch, layout),
+                    device=device)  # fmt: skip
 
     seconds = {}
-    for layout in (torch.contiguous_format, torch.channels_last):
+    for layout in () if case.layout else ("contiguous_format", "channels_last"):
         twin = make(layout)
         for _ in range(2):
             clock = time.monotonic()
             twin.joint_step()
             finish()
             seconds[layout] = time.monotonic() - clock
-    layout = min(seconds, key=seconds.get)
+    layout = case.layout or min(seconds, key=seconds.__getitem__)
     twin = make(layout)
-    differences = []
+    if compiled:
+        twin.compile()
+    compared, clock, compile_seconds = [], time.monotonic(), 0.0
     for number in range(CHECKED_STEPS):
         twin.give(arrays[f"noise/{number}"], arrays[f"labels/{number}"])
         found = {name: float(value) for name, value in twin.joint_step().items()}
         ours = {name: float(arrays[f"loss/{number}/{name}"]) for name in found}
-        differences.append(
-            {n: abs(v - ours[n]) / max(abs(ours[n]), 1e-3) for n, v in found.items()}
-        )
-    with FlopCounterMode(display=False) as counter:
-        twin.joint_step()
+        compared.append({name: (ours[name], value) for name, value in found.items()})
+        if compiled and not number:
+            compile_seconds = time.monotonic() - clock
+    flops = None
+    if not compiled:
+        with FlopCounterMode(display=False) as counter:
+            twin.joint_step()
+        flops = counter.get_total_flops()
     run = {"joint": twin.joint_step, "generator": twin.generator_step}
-    compile_seconds = 0.0
-    if case.compiled:
-        run = {name: torch.compile(function) for name, function in run.items()}
-        clock = time.monotonic()
-        for function in run.values():
-            function()
-        finish()
-        compile_seconds = time.monotonic() - clock
-    held, _ = twin.images()
-
-    def without_gradient(function: Callable[..., Any], *arguments: Any) -> None:
-        with torch.no_grad():
-            function(*arguments)
-
-    parts = {
-        "images": lambda: without_gradient(twin.images),
-        "teacher": lambda: without_gradient(twin.teach, held.detach()),
-        **{name: lambda name=name: [run[name]() for _ in range(case.steps)] for name in STEPS},
+    parts: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: [run[name]() for _ in range(case.steps)] for name in STEPS
     }
-    side = torch.ones(MATMUL_SIDE, MATMUL_SIDE, device=device)
+    if not compiled:
+        held, _ = twin.images()
+
+        def without_gradient(function: Callable[..., Any], *arguments: Any) -> None:
+            with torch.no_grad():
+                function(*arguments)
+
+        parts["images"] = lambda: without_gradient(twin.images)
+        parts["teacher"] = lambda: without_gradient(twin.teach, held.detach())
+    size = MATMUL_SIDE["cpu" if device == "cpu" else "gpu"]
+    side = torch.ones(size, size, device=device)
 
     def product() -> None:
         side @ side
@@ -310,11 +326,12 @@ def torch_side(case: Case, exchange: Path) -> Side:
         "versions": {"torch": torch.__version__},
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "compile_seconds": compile_seconds,
-        "flops": counter.get_total_flops(),
-        "matmul_flops": _matmul(product),
-        "layout": str(layout).removeprefix("torch."),
-        "seconds_by_layout": {str(key): round(value, 4) for key, value in seconds.items()},
-        "relative_differences_of_losses": differences,
+        "flops": flops,
+        "matmul_flops": _matmul(product, size),
+        "layout": layout,
+        "seconds_by_layout": {key: round(value, 4) for key, value in seconds.items()},
+        "losses": compared,
+        "weights_of_losses": twin.weights,
     }
     waited = {name: lambda part=part: (part(), finish()) for name, part in parts.items()}
     if device == "cpu":
@@ -326,14 +343,14 @@ def torch_side(case: Case, exchange: Path) -> Side:
 # --- both ----------------------------------------------------------------------------------------
 
 
-def _matmul(product: Callable[[], None]) -> float:
-    """FLOP/s of the fastest of some float32 matrix products."""
+def _matmul(product: Callable[[], Any], size: int) -> float:
+    """FLOP/s of the fastest of some products of square float32 matrices of this size."""
     best = float("inf")
     for _ in range(8):
         clock = time.monotonic()
         product()
         best = min(best, time.monotonic() - clock)
-    return 2 * MATMUL_SIDE**3 / best
+    return 2 * size**3 / best
 
 
 def _peak_of_process() -> int:
@@ -348,7 +365,11 @@ def _peak_of_process() -> int:
 def main() -> None:
     """Serves one side."""
     side, text, exchange = sys.argv[1:]
-    make = {"ours": our_side, "torch": torch_side}[side]
+    make = {
+        "ours": our_side,
+        "torch": torch_side,
+        "compiled": functools.partial(torch_side, compiled=True),
+    }[side]
     case = Case(**json.loads(text))
     description, parts, peak_bytes = make(case, Path(exchange))
     with contextlib.suppress(OSError):  # compiling has a peak of its own; count from here

@@ -7,7 +7,8 @@
 `collectives` compiles the step for simulated devices and counts what its program sends: simulated
 devices share one processor, so their speed says nothing, but the program is the one that real ones
 would run. `growth` times the step, and asks the compiler for its memory, at four batch sizes and at
-four image sizes; without repeats it only compiles.
+four image sizes; without repeats it only compiles. Each result is a line of JSON with machine, load,
+date and commit.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from provenance import provenance
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -45,7 +48,8 @@ def compiled_step(network: str, batch: int, devices: int, side: int | None = Non
     """The joint step of preset `lrq` with random weights: program, its first state, variables.
     `resources`: precision and rematerialisation, as the config's fields."""
     import jax
-    from joint_worker import random_variables
+    from joint_worker import FEW
+    from subjects import random_variables
 
     from lrq_jax.config import base_config, resolve
     from lrq_jax.data import Preprocessing
@@ -58,12 +62,13 @@ def compiled_step(network: str, batch: int, devices: int, side: int | None = Non
 
     settings = {"input_shape": (side, side, 3)} if side else {}
     graph = build_network(network, **settings)
+    images = jax.random.normal(jax.random.key(1), (FEW, *graph.input_shape))
     config = base_config()
     config.method.preset, config.method.batch_size = "lrq", batch
     config.precision, config.rematerialize = resources
     teacher = Teacher(
         graph=graph,
-        variables=random_variables(graph),
+        variables=random_variables(graph, images),
         preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=graph.input_shape[0]),
         arch=network,
     )
@@ -91,7 +96,8 @@ def collectives(options: argparse.Namespace) -> dict[str, Any]:
 
 def growth_point(network: str, batch: int, side: int | None, repeats: int,
                  resources: tuple[str, str]) -> dict[str, Any]:  # fmt: skip
-    """Seconds of a step (median, none without repeats) and the bytes its program holds."""
+    """Seconds of a step (median, none without repeats) and the bytes its program holds, as its
+    compiler counts them; where the device counts too, the most it held so far in this process."""
     import jax
 
     program, state, variables = compiled_step(network, batch, 1, side, resources)
@@ -112,6 +118,8 @@ def growth_point(network: str, batch: int, side: int | None, repeats: int,
         "seconds_min": round(min(seconds[1:]), 4) if repeats else None,
         "state_bytes": memory.argument_size_in_bytes,
         "working_bytes": memory.temp_size_in_bytes,
+        "device": jax.devices()[0].device_kind,
+        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
 
 
@@ -149,7 +157,8 @@ def main() -> None:
             for batch, side in dict.fromkeys(cells)
         ]
     for point in points:
-        line = json.dumps(point())
+        about = provenance()
+        line = json.dumps({**point(), **about})
         print(line, flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
 Same networks, batch, attention, losses, fake quantization (the `paper` placement) and optimisers as
 `lrq_jax.training.steps.joint_step`; the noise and labels of its first steps can be given, so that
 both must show the same losses. It is meant to be fast PyTorch: fused `batch_norm` and `var_mean`,
-optimisers that update all tensors in a few calls, nothing copied to the host.
+optimisers that update all tensors in a few calls, nothing copied to the host. `Twin.compile` puts
+both forwards with their losses through `torch.compile`, as its users do; updates stay eager.
 """
 
 from __future__ import annotations
@@ -208,7 +209,8 @@ class Twin:
     Args:
       graph: the network.
       method: of preset `lrq`: generator images, DKD, SGD; learning rates as at the first step.
-      arrays: our first state: `teacher/LAYER/NAME`, `generator/...`, `range/TENSOR`.
+      arrays: our first state: `teacher/LAYER/NAME`, `generator/...`, `range/TENSOR`, and
+        `centers/sums`, `centers/counts` of the classes' features.
       bits: of weights and activations.
       layout: of feature maps and kernels.
       device: where it runs.
@@ -235,9 +237,8 @@ class Twin:
             graph, {**constants, **weights}, weight_bits=bits, act_bits=bits, ranges=ranges
         )
         self.generator = {name: v.requires_grad_() for name, v in tensors("generator").items()}
-        size = (graph.num_classes, graph.shapes[graph.features][0])
-        self.sums = torch.zeros(size, device=device)
-        self.counts = torch.zeros(size[0], device=device)
+        centers = tensors("centers")
+        self.sums, self.counts = centers["sums"], centers["counts"]
         self.adam = torch.optim.Adam(
             self.generator.values(), method.generator_learning_rate,
             betas=(method.generator_beta1, 0.999), eps=method.adam_epsilon,
@@ -247,6 +248,7 @@ class Twin:
             weight_decay=method.student_weight_decay, nesterov=True,
         )  # fmt: skip
         self._given: list[tuple[Tensor, Tensor]] = []
+        self._generator_losses, self._student_losses = self.generator_losses, self.student_losses
 
     def _placed(self, x: Tensor) -> Tensor:
         if x.ndim == 4:
@@ -268,11 +270,13 @@ class Twin:
     def images(self) -> tuple[Tensor, Tensor]:
         """Fresh images and their labels."""
         noise, labels = self._latents()
-        images = generate(
+        return self._generate(noise, labels), labels
+
+    def _generate(self, noise: Tensor, labels: Tensor) -> Tensor:
+        return generate(
             self.generator, noise, labels, image_shape=self.graph.input_shape,
             attention=self.method.attention, layout=self.layout,
         )  # fmt: skip
-        return images, labels
 
     def teach(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The teacher's logits, features and batch-norm-statistics loss."""
@@ -289,34 +293,67 @@ class Twin:
             )
         return logits, features, bns / len(taps)
 
-    def generator_step(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Updates the generator; images, labels and the teacher's logits for the student."""
+    def generator_losses(self, noise: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Images, the teacher's logits and features of them, and what the generator minimises."""
         method = self.method
-        images, labels = self.images()
+        images = self._generate(noise, labels)
         logits, features, bns = self.teach(images)
         terms = {"generator/ce": F.cross_entropy(logits, labels), "generator/bns": bns}
-        loss = method.class_weight * terms["generator/ce"] + method.bns_weight * bns
         if method.ama_weight:
-            ama = margin_loss(features, labels, self.sums, self.counts, method)
-            loss, terms["generator/ama"] = loss + method.ama_weight * ama, ama
-        self._update(self.adam, self.generator, loss)
+            terms["generator/ama"] = margin_loss(features, labels, self.sums, self.counts, method)
+        return images, logits, features, self._with_sum(terms, "generator")
+
+    def student_losses(self, images: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:  # fmt: skip
+        """What the student minimises."""
+        logits, _ = self.student(images)
+        distill = decoupled_distillation(logits, teacher_logits, labels, self.method)
+        terms = {"student/ce": F.cross_entropy(logits, labels), "student/distill": distill}
+        return self._with_sum(terms, "student")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms that `generator/loss` and `student/loss` sum; those not summed left out."""
+        method = self.method
+        weights = {
+            "generator/ce": method.class_weight,
+            "generator/bns": method.bns_weight,
+            "generator/ama": method.ama_weight,
+            "student/ce": method.ce_weight,
+            "student/distill": 1.0,  # its parts have theirs
+        }
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def _with_sum(self, terms: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+        weights = self.weights
+        first, *others = (weights[name] * terms[name] for name in terms if name in weights)
+        return {**terms, f"{part}/loss": sum(others, first)}
+
+    def compile(self, **options: Any) -> None:
+        """From now on both forwards with their losses are compiled, and with them their gradients;
+        `backward()` itself, clipping and the optimisers' steps stay as they are.
+
+        Args:
+          **options: of `torch.compile`.
+        """
+        self._generator_losses = torch.compile(self.generator_losses, **options)
+        self._student_losses = torch.compile(self.student_losses, **options)
+
+    def generator_step(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Updates the generator; images, labels and the teacher's logits for the student."""
+        noise, labels = self._latents()
+        images, logits, features, terms = self._generator_losses(noise, labels)
+        self._update(self.adam, self.generator, terms["generator/loss"])
         with torch.no_grad():
             self.sums.index_add_(0, labels, features)
             self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float32))
-        return images.detach(), labels, logits.detach(), {**terms, "generator/loss": loss}
+        return images.detach(), labels, logits.detach(), terms
 
     def joint_step(self) -> dict[str, Tensor]:
         """Updates generator and student."""
         images, labels, teacher_logits, terms = self.generator_step()
-        logits, _ = self.student(images)
-        terms["student/ce"] = F.cross_entropy(logits, labels)
-        terms["student/distill"] = decoupled_distillation(
-            logits, teacher_logits, labels, self.method
-        )
-        loss = self.method.ce_weight * terms["student/ce"] + terms["student/distill"]
+        terms = {**terms, **self._student_losses(images, labels, teacher_logits)}
         trained = {n: v for n, v in self.student.params.items() if v.requires_grad}
-        self._update(self.sgd, trained, loss)
-        terms["student/loss"] = loss
+        self._update(self.sgd, trained, terms["student/loss"])
         return {name: value.detach() for name, value in terms.items()}
 
     def _update(self, optimizer: torch.optim.Optimizer, params: Params, loss: Tensor) -> None:

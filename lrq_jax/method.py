@@ -219,9 +219,7 @@ class Method:
 
     @property
     def _asks_for_classes(self) -> bool:
-        return self.trains_generator or (
-            self.makes_pool and self.noise_target == "cross_entropy"
-        )
+        return self.trains_generator or (self.makes_pool and self.noise_target == "cross_entropy")
 
     @property
     def trains_generator(self) -> bool:

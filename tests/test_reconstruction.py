@@ -1,11 +1,13 @@
 """Learned rounding and block reconstruction on small networks."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_programs import compiled_programs
 from small_networks import GRAPHS, random_images, random_variables, resnet_like
 
 from lrq_jax.graph import GraphBuilder
@@ -19,7 +21,7 @@ from lrq_jax.passes import (
     frozen_logits,
     student_forward,
 )
-from lrq_jax.passes.blocks import block_forward, blocks_of
+from lrq_jax.passes.blocks import block_forward, blocks_of, canonical
 from lrq_jax.passes.kernels import kernel_parameters
 from lrq_jax.presets import preset
 from lrq_jax.quantizers import adaround
@@ -97,6 +99,32 @@ def test_residual_blocks_are_cut_where_everything_passes_one_tensor():
     assert sizes == [1, 2, 3, 1]
 
 
+def alike(count):
+    """Residual blocks that differ in nothing but names, between two others."""
+    net = GraphBuilder("alike", input_shape=(8, 8, 3))
+    x = net.relu(net.batch_norm(net.conv(net.image, 4, 3)))
+    for _ in range(count):
+        x = net.relu(net.add(x, net.batch_norm(net.conv(x, 4, 3))))
+    net.dense(net.global_pool(x), 5, name="classifier")
+    return net.build()
+
+
+def test_blocks_are_equal_but_for_names_if_all_else_is():
+    def forms(**spec):
+        student = student_of(functools.partial(alike, 3), **spec)
+        return [canonical(block)[0] for block in blocks_of(student)]
+
+    plain = forms()
+    assert plain[1] == plain[2] == plain[3]
+    assert len(set(plain)) == 3
+    for bits in ("w5", "a5"):
+        changed = forms(overrides=(f"conv2={bits}",))
+        assert [a == b for a, b in zip(plain, changed, strict=True)] == [1, 1, 0, 1, 1]
+    edges = forms(policy="R")  # other weights at both ends
+    assert [a == b for a, b in zip(plain, edges, strict=True)] == [0, 1, 1, 1, 0]
+    assert not set(plain) & set(forms(weight_bits=5))
+
+
 # ---- reconstruction ------------------------------------------------------------------------------
 
 
@@ -126,6 +154,32 @@ def rebuilt():
     before = student.initial_variables(random_variables(student.graph))
     _, before = jax.jit(lambda v, x: calibrate(student, v, x))(before, x)
     return student, before, reconstructed(student, before, x, METHOD, jax.random.key(0)), x
+
+
+def test_blocks_alike_share_their_programs_and_nothing_changes(monkeypatch):
+    """Four blocks of three kinds, under common names and under their own."""
+    method = dataclasses.replace(METHOD, reconstruction_iterations=3, reconstruction_step_rate=0.1)
+    student, x = student_of(functools.partial(alike, 2)), random_images(2, batch=32)
+    before = student.initial_variables(random_variables(student.graph))
+    _, before = jax.jit(lambda v, x: calibrate(student, v, x))(before, x)
+
+    def run():
+        with compiled_programs() as names:
+            made = reconstructed(student, before, x, method, jax.random.key(0))
+        ours = ("reconstruction_step", "_exact_block", "_hard_block")
+        return made, [sum(name == f"jit({own})" for name in names) for own in ours]
+
+    shared, programs = run()
+    assert programs == [3, 3, 3]
+    own_names = {layer.name: layer.name for layer in student.graph.layers}
+    monkeypatch.setattr(reconstruction, "canonical", lambda block: (block, own_names))
+    separate, programs = run()
+    assert programs == [4, 4, 4]
+    jax.tree.map(np.testing.assert_array_equal, shared, separate)
+    assert all(float(value) for value in shared["quant"]["stretch"]["activations"].values())
+    for name in ("conv1", "conv2"):
+        old, new = (values["params"][name]["kernel"] for values in (before, shared))
+        assert (old != new).any()
 
 
 def test_reconstruction_brings_the_student_nearer_to_the_float_network(rebuilt):
@@ -164,13 +218,13 @@ def test_the_loss_is_the_mean_over_pixels_of_the_error_and_of_choices_not_made(r
     student, before, _, x = rebuilt
     block = blocks_of(student)[0]
     method = dataclasses.replace(METHOD, reconstruction_drop=1.0)
-    state = reconstruction.initial_block(student, block, before, method)
+    state = reconstruction.initial_block(student.spec, block, before, method)
     target = block_forward(block, before, {}, x) + 0.5
     images = reconstruction.BlockImages(jnp.zeros_like(x), x, target)
     loss = jax.jit(
         lambda step: reconstruction.reconstruction_loss(
             state.trainable, before, images, jax.random.key(0), step,
-            student=student, block=block, method=method,
+            spec=student.spec, block=block, method=method,
         )
     )  # fmt: skip
     channels = target.shape[-1]

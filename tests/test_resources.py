@@ -79,7 +79,7 @@ def test_only_results_of_products_are_kept(part, capsys):
         lines = capsys.readouterr().out.splitlines()
         lines = [line for line in lines if not re.search("from (the argument|a constant)", line)]
         sizes = [re.match(r"\w+\[([\d,]*)\]", line)[1] for line in lines]
-        large = {line: math.prod(map(int, size.split(","))) for line, size in zip(lines, sizes)
+        large = {line: math.prod(map(int, size.split(","))) for line, size in zip(lines, sizes, strict=True)
                  if size and size.count(",") > 1}  # fmt: skip
         held[rematerialize] = sum(large.values())
     assert large

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -52,6 +53,67 @@ def blocks_of(student: Student) -> tuple[Block, ...]:
         operations = last.operations + pending
         blocks.append(Block(source=last.source, output=graph.output, operations=operations))
     return tuple(blocks)
+
+
+def canonical(block: Block) -> tuple[Block, dict[str, str]]:
+    """The block with layers and tensors named in the order they come: blocks that differ in
+    nothing but names become equal, and can share one compiled program.
+
+    Settings of layers, bits of weights and tensors are kept, so that blocks of others stay unequal.
+
+    Returns:
+      The block, and the new name of each layer in it, of which its tensors have theirs.
+    """
+    parts = [
+        layer
+        for op in block.operations
+        for layer in (op.layer, op.batch_norm, op.activation)
+        if layer is not None
+    ]
+    names = {layer.name: f"layer{number}" for number, layer in enumerate(parts)}
+    tensors = {block.source: "source", **names}
+
+    def renamed(layer: Any) -> Any:
+        if layer is None:
+            return None
+        inputs = tuple(tensors[name] for name in layer.inputs)
+        return dataclasses.replace(layer, name=names[layer.name], inputs=inputs)
+
+    operations = tuple(
+        dataclasses.replace(
+            op,
+            layer=renamed(op.layer),
+            batch_norm=renamed(op.batch_norm),
+            activation=renamed(op.activation),
+            output=names[op.output],
+        )
+        for op in block.operations
+    )
+    same = Block(source="source", output=names[block.output], operations=operations)
+    return same, names
+
+
+def variables_of(variables: Variables, names: dict[str, str]) -> Variables:
+    """The variables of a block's layers and tensors alone, under other names.
+
+    Args:
+      variables: a student's.
+      names: the new name of each layer and tensor, see `canonical`.
+    """
+
+    def chosen(entries: dict[str, Any]) -> dict[str, Any]:
+        return {names[name]: value for name, value in entries.items() if name in names}
+
+    quant = variables["quant"]
+    return {
+        "params": chosen(variables["params"]),
+        "batch_stats": chosen(variables["batch_stats"]),
+        "quant": {
+            "activations": chosen(quant["activations"]),
+            "weights": chosen(quant["weights"]),
+            "stretch": {kind: chosen(entries) for kind, entries in quant["stretch"].items()},
+        },
+    }
 
 
 Finish = Callable[[Operation, jax.Array], jax.Array]

@@ -170,7 +170,7 @@ class TrainingLoop:
         key = jax.random.fold_in(jax.random.key(self._settings.seed), _REBUILD_STREAM)
         with _naming_last_good(checkpoints, self._run):
             pool, clock = self.pool(), time.monotonic()
-            say(f"{phase.name}: compiling a step for each block as it comes ...")
+            say(f"{phase.name}: compiling a step for each kind of block as it comes ...")
             student = reconstructed(
                 self._spec.student, state.student, pool.images, self._spec.method, key
             )
@@ -223,7 +223,13 @@ class TrainingLoop:
         else:
             earlier = settings.pool_path
             directory = Path(earlier) / self._run.pool.name if earlier else self._run.pool
-            pool = synthesize_pool(self._spec, self._variables, directory, seed=settings.seed)
+            pool = synthesize_pool(
+                self._spec,
+                self._variables,
+                directory,
+                seed=settings.seed,
+                steps_per_dispatch=settings.steps_per_dispatch,
+            )
             self._add_time("image synthesis", clock)
         preview = np.linspace(0, len(pool.labels) - 1, _GRID_IMAGES).astype(int)
         labels = np.asarray(pool.labels)

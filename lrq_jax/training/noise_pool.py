@@ -18,7 +18,7 @@ from lrq_jax.console import Progress, say
 from lrq_jax.losses.margin import Centers
 from lrq_jax.processes import is_first, wait_for_all
 from lrq_jax.sharding import replicated
-from lrq_jax.training import noise_steps
+from lrq_jax.training import compilation, noise_steps
 from lrq_jax.training.compilation import compile_step, compiled_in, put_replicated
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.noise_steps import NoiseState
@@ -102,7 +102,8 @@ def _batch_name(number: int) -> str:
     return f"batch_{number:03d}.npz"
 
 
-def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int) -> Pool:
+def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int,
+                    steps_per_dispatch: int = 0) -> Pool:  # fmt: skip
     """Optimises `method.noise_batches` batches of images from noise.
 
     A finished batch is kept in `directory`; a later call with the same spec and seed takes it
@@ -113,6 +114,7 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
       teacher: variables on the mesh.
       directory: made if needed.
       seed: of the run.
+      steps_per_dispatch: the most iterations a program call runs; 0: what suits the platform.
 
     Raises:
       TrainingDiverged: a loss stopped being finite; iteration and terms named.
@@ -125,6 +127,8 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
     finish = jax.jit(
         noise_steps.finished_noise, static_argnames="spec", out_shardings=replicated(mesh)
     )
+    most = compilation.steps_per_dispatch(steps_per_dispatch, mesh)
+    count = _iterations_per_call(method.noise_iterations, most)
     program, batches = None, []
     for number in range(method.noise_batches):
         path = directory / _batch_name(number)
@@ -134,9 +138,11 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
             if program is None:
                 clock = time.monotonic()
                 say("image synthesis: compiling the noise step ...")
-                program = compile_step(noise_steps.noise_step, state, teacher, mesh=mesh, spec=spec)
+                program = compile_step(
+                    noise_steps.noise_step, state, teacher, mesh=mesh, count=count, spec=spec
+                )
                 say(f"image synthesis: {compiled_in(time.monotonic() - clock, program)}")
-            state = _optimise(program, state, teacher, number, spec)
+            state = _optimise(program, count, state, teacher, number, spec)
             finished = jax.device_get((state.labels, *finish(state, teacher, spec=spec)))
             if not np.isfinite(finished[1]).all():  # losses are those before the last update
                 raise TrainingDiverged(
@@ -153,16 +159,23 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int)
     return Pool(*put_replicated((images, labels), mesh))
 
 
-def _optimise(program: Any, state: NoiseState, teacher: Any, number: int, spec: StepSpec) -> NoiseState:  # fmt: skip
+def _iterations_per_call(iterations: int, most: int) -> int:
+    """The most that divide them all: one program makes every call, none is compiled for a rest."""
+    return max(count for count in range(1, most + 1) if iterations % count == 0)
+
+
+def _optimise(program: Any, count: int, state: NoiseState, teacher: Any, number: int,
+              spec: StepSpec) -> NoiseState:  # fmt: skip
+    """A batch's iterations, by a program of `count` of them."""
     iterations = spec.method.noise_iterations
     name = f"image synthesis, batch {number + 1}/{spec.method.noise_batches}"
     pending: list[dict[str, jax.Array]] = []
     with Progress(name, start=0, stop=iterations) as progress:
-        for done in range(1, iterations + 1):
+        for done in range(count, iterations + 1, count):
             with jax.transfer_guard("disallow"):
                 state, metrics = program(state, teacher)
             pending.append(metrics)
-            if done % _REPORT_EVERY == 0 or done == iterations:
+            if done % _REPORT_EVERY < count or done == iterations:
                 values = _checked(name, done, pending)
                 pending = []
                 progress.update(done, values)
@@ -171,14 +184,17 @@ def _optimise(program: Any, state: NoiseState, teacher: Any, number: int, spec: 
 
 def _checked(name: str, done: int, pending: list[dict[str, jax.Array]]) -> dict[str, float]:
     """The latest metrics; stops the run if any of those since the last look is not finite."""
-    found = [{k: float(v[-1]) for k, v in m.items()} for m in jax.device_get(pending)]
-    for offset, values in enumerate(found):
-        if not all(np.isfinite(v) for v in values.values()):
-            raise TrainingDiverged(
-                f"{name}: a loss is not finite at iteration {done - len(found) + offset}: "
-                f"{values}; {_WAY_OUT}"
-            )
-    return found[-1]
+    found = jax.device_get(pending)
+    stacked = {term: np.concatenate([m[term] for m in found]) for term in found[0]}
+    finite = np.all([np.isfinite(values) for values in stacked.values()], axis=0)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        terms = {term: float(values[first]) for term, values in stacked.items()}
+        raise TrainingDiverged(
+            f"{name}: a loss is not finite at iteration {done - len(finite) + first}: "
+            f"{terms}; {_WAY_OUT}"
+        )
+    return {term: float(values[-1]) for term, values in stacked.items()}
 
 
 def _save(path: Path, labels: jax.Array, images: jax.Array, centers: Centers) -> None:

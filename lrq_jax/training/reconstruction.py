@@ -16,14 +16,22 @@ import optax
 from lrq_jax.console import Progress
 from lrq_jax.graph import INPUT
 from lrq_jax.method import Method
-from lrq_jax.passes.blocks import Block, block_forward, blocks_of, fake_quantized
+from lrq_jax.passes.blocks import (
+    Block,
+    block_forward,
+    blocks_of,
+    canonical,
+    fake_quantized,
+    variables_of,
+)
 from lrq_jax.passes.float_forward import Variables
 from lrq_jax.passes.kernels import coarse_kernel, kernel_parameters
-from lrq_jax.passes.plan import Operation
+from lrq_jax.passes.plan import Operation, QuantSpec
 from lrq_jax.passes.rounding import with_held_ranges
 from lrq_jax.passes.student import Student, tensor_parameters
 from lrq_jax.quantizers import adaround
-from lrq_jax.quantizers.affine import dequantize
+from lrq_jax.quantizers.affine import AffineParameters, affine_parameters, dequantize
+from lrq_jax.quantizers.ranges import stretched
 from lrq_jax.quantizers.rounding import weight_at_codes
 from lrq_jax.training.errors import TrainingDiverged
 
@@ -56,6 +64,10 @@ def reconstructed(student: Student, variables: Variables, images: jax.Array, met
     next block then sees this one's result. Kernels end at the chosen codes as
     `passes.rounding.rounded_weights` leaves them.
 
+    Blocks that differ in names alone share their compiled programs (`passes.blocks.canonical`),
+    which changes no number. To rebuild them at once, as a batch (`jax.vmap`), would: a block is trained
+    on what the one before it puts out quantized, which is not there before that one is finished.
+
     Args:
       student: of the `integer` placement.
       variables: calibrated, weights not yet rounded: they are the float network that is matched.
@@ -67,37 +79,39 @@ def reconstructed(student: Student, variables: Variables, images: jax.Array, met
       TrainingDiverged: a loss stopped being finite.
     """
     variables = with_held_ranges(student, variables)
-    exact = {name: variables[name] for name in ("params", "batch_stats")}
     image_parameters = tensor_parameters(student, variables)[INPUT]
     quantized = fake_quantized(images, image_parameters, student.spec.boundary_bits)
     inputs = images
     blocks = blocks_of(student)
     for number, block in enumerate(blocks):
-        target = _in_batches(_exact_block, inputs, method, exact, block=block)
+        shared, names = canonical(block)
+        own = variables_of(variables, names)
+        target = _in_batches(_exact_block, inputs, method, own, block=shared)
         seen = BlockImages(quantized, inputs, target)
         name = f"block {number + 1}/{len(blocks)} ({block.output})"
         trainable = _reconstruct_block(
-            student, block, variables, seen, method, jax.random.fold_in(key, number), name
+            student.spec, shared, own, seen, method, jax.random.fold_in(key, number), name
         )
-        variables = _with_choices(student, block, variables, trainable)
-        inputs = target
+        learned = {
+            kind: {old: entries[new] for old, new in names.items() if new in entries}
+            for kind, entries in trainable.items()
+        }
+        variables = _with_choices(student.spec, block, variables, learned)
+        own, inputs = variables_of(variables, names), target
         quantized = _in_batches(
-            _hard_block, quantized, method, variables, student=student, block=block
+            _hard_block, quantized, method, own, spec=student.spec, block=shared
         )
     return variables
 
 
-def _reconstruct_block(student: Student, block: Block, variables: Variables, images: BlockImages,
+def _reconstruct_block(spec: QuantSpec, block: Block, variables: Variables, images: BlockImages,
                        method: Method, key: jax.Array, name: str) -> Any:  # fmt: skip
-    state = initial_block(student, block, variables, method)
-    step = jax.jit(
-        reconstruction_step, static_argnames=("student", "block", "method"), donate_argnums=0
-    )
+    state = initial_block(spec, block, variables, method)
     iterations, pending = method.reconstruction_iterations, []
     with Progress(name, start=0, stop=iterations) as progress:
         for done in range(1, iterations + 1):
-            state, metrics = step(
-                state, variables, images, key, student=student, block=block, method=method
+            state, metrics = _compiled_step(
+                state, variables, images, key, spec=spec, block=block, method=method
             )
             pending.append(metrics)
             if done % _REPORT_EVERY == 0 or done == iterations:
@@ -112,14 +126,14 @@ def _reconstruct_block(student: Student, block: Block, variables: Variables, ima
     return state.trainable
 
 
-def initial_block(student: Student, block: Block, variables: Variables, method: Method) -> BlockState:  # fmt: skip
+def initial_block(spec: QuantSpec, block: Block, variables: Variables, method: Method) -> BlockState:  # fmt: skip
     """Choices that leave every weight where it is, and steps as calibrated."""
     stretch = variables["quant"]["stretch"]["activations"]
     trainable = {
         "choice": {
             op.layer.name: adaround.initial_choice(
                 variables["params"][op.layer.name]["kernel"],
-                kernel_parameters(student.spec, variables, op),
+                kernel_parameters(spec, variables, op),
             )
             for op in block.operations
             if op.weight_bits
@@ -132,7 +146,7 @@ def initial_block(student: Student, block: Block, variables: Variables, method: 
 
 
 def reconstruction_step(state: BlockState, variables: Variables, images: BlockImages, key: jax.Array, *,
-                        student: Student, block: Block, method: Method) -> tuple[BlockState, dict[str, jax.Array]]:  # fmt: skip
+                        spec: QuantSpec, block: Block, method: Method) -> tuple[BlockState, dict[str, jax.Array]]:  # fmt: skip
     """One update on a random batch; pure."""
     pick_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
     shape = (method.reconstruction_batch_size,)
@@ -140,14 +154,19 @@ def reconstruction_step(state: BlockState, variables: Variables, images: BlockIm
     batch = BlockImages(*(values[picked] for values in images))
     grads, metrics = jax.grad(reconstruction_loss, has_aux=True)(
         state.trainable, variables, batch, loss_key, state.step,
-        student=student, block=block, method=method,
+        spec=spec, block=block, method=method,
     )  # fmt: skip
     updates, opt = _optimizer(method).update(grads, state.opt, state.trainable)
     return BlockState(state.step + 1, optax.apply_updates(state.trainable, updates), opt), metrics
 
 
+_compiled_step = jax.jit(
+    reconstruction_step, static_argnames=("spec", "block", "method"), donate_argnums=0
+)
+
+
 def reconstruction_loss(trainable: Any, variables: Variables, batch: BlockImages, key: jax.Array,
-                        step: jax.Array, *, student: Student, block: Block, method: Method) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+                        step: jax.Array, *, spec: QuantSpec, block: Block, method: Method) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
     """`mean(sum over channels of (y_q - y)^2) + lambda * sum(1 - |2 h(V) - 1|^beta)`.
 
     The regulariser rests for the first share `reconstruction_warmup` of the iterations, then
@@ -160,11 +179,11 @@ def reconstruction_loss(trainable: Any, variables: Variables, batch: BlockImages
         **variables,
         "quant": {**quant, "stretch": {**quant["stretch"], "activations": stretch}},
     }
-    tensors = tensor_parameters(student, with_steps)
+    tensors = _made_parameters(block, with_steps)
     kernels = {}
     for op in block.operations:
         if op.weight_bits:
-            parameters = kernel_parameters(student.spec, variables, op)
+            parameters = kernel_parameters(spec, variables, op)
             choice = trainable["choice"][op.layer.name]
             kernel = variables["params"][op.layer.name]["kernel"]
             codes = adaround.soft_codes(kernel, choice, parameters, op.weight_bits)
@@ -211,14 +230,27 @@ def _optimizer(method: Method) -> optax.GradientTransformation:
     )
 
 
-def _with_choices(student: Student, block: Block, variables: Variables, trainable: Any) -> Variables:  # fmt: skip
+def _made_parameters(block: Block, variables: Variables) -> dict[str, AffineParameters]:
+    """`tensor_parameters` of the tensors that a block makes."""
+    quant = variables["quant"]
+    limits, stretch = quant["activations"], quant["stretch"]["activations"]
+    return {
+        op.output: affine_parameters(
+            **stretched(limits[op.output], stretch[op.output]), bits=op.output_bits
+        )
+        for op in block.operations
+        if op.output_bits
+    }
+
+
+def _with_choices(spec: QuantSpec, block: Block, variables: Variables, trainable: Any) -> Variables:  # fmt: skip
     """The variables with a block's kernels at the codes chosen and its steps as learned."""
     quant, params = variables["quant"], dict(variables["params"])
     for op in block.operations:
         if op.weight_bits:
             entry, parameters = (
                 params[op.layer.name],
-                kernel_parameters(student.spec, variables, op),
+                kernel_parameters(spec, variables, op),
             )
             choice = trainable["choice"][op.layer.name]
             codes = adaround.hard_codes(entry["kernel"], choice, parameters, op.weight_bits)
@@ -234,12 +266,12 @@ def _exact_block(x: jax.Array, variables: Variables, *, block: Block) -> jax.Arr
     return block_forward(block, variables, {}, x)
 
 
-@functools.partial(jax.jit, static_argnames=("student", "block"))
-def _hard_block(x: jax.Array, variables: Variables, *, student: Student, block: Block) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("spec", "block"))
+def _hard_block(x: jax.Array, variables: Variables, *, spec: QuantSpec, block: Block) -> jax.Array:
     """The block as the student runs it, up to the order of its float arithmetic."""
-    tensors = tensor_parameters(student, variables)
+    tensors = _made_parameters(block, variables)
     kernels = {
-        op.layer.name: coarse_kernel(student.spec, variables, op)
+        op.layer.name: coarse_kernel(spec, variables, op)
         for op in block.operations
         if op.weight_bits
     }
