@@ -114,6 +114,7 @@ class TrainingLoop:
             if done:
                 say(f"resuming after step {done}")
                 state = checkpoints.restore(done, state, self._spec.mesh)
+            self._compile_helpers(state)
             self._run.open_metrics(done)
             try:
                 for phase in phases(self._spec):
@@ -203,6 +204,14 @@ class TrainingLoop:
         say(f"{phase.name}: {compiled_in(time.monotonic() - clock, program)}")
         self._add_time("compilation", clock)
         return program
+
+    def _compile_helpers(self, state: TrainState) -> None:
+        """Compiles what is called between steps, by a first call before all of them."""
+        clock = time.monotonic()
+        jax.block_until_ready(_finite(state))
+        if self._spec.method.trains_generator:
+            self._generated(state, seed=0)
+        self._add_time("compilation", clock)
 
     def pool(self) -> Pool:
         """The images the student trains on, if not live ones: made, taken or read at first use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lrq_jax import losses
@@ -123,13 +123,10 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int,
     method, graph, mesh = spec.method, spec.graph, spec.mesh
     key = jax.random.fold_in(jax.random.key(seed), _POOL_STREAM)
     centers = losses.initial_centers(graph.num_classes, graph.shapes[graph.features][0])
-    # replicated: each process reads the images of all
-    finish = jax.jit(
-        noise_steps.finished_noise, static_argnames="spec", out_shardings=replicated(mesh)
-    )
     most = compilation.steps_per_dispatch(steps_per_dispatch, mesh)
     count = _iterations_per_call(method.noise_iterations, most)
-    program, batches = None, []
+    program = finish = None
+    batches = []
     for number in range(method.noise_batches):
         path = directory / _batch_name(number)
         if not path.exists():
@@ -141,9 +138,10 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int,
                 program = compile_step(
                     noise_steps.noise_step, state, teacher, mesh=mesh, count=count, spec=spec
                 )
+                finish = _compile_finish(state, teacher, spec)
                 say(f"image synthesis: {compiled_in(time.monotonic() - clock, program)}")
             state = _optimise(program, count, state, teacher, number, spec)
-            finished = jax.device_get((state.labels, *finish(state, teacher, spec=spec)))
+            finished = jax.device_get((state.labels, *finish(state, teacher)))
             if not np.isfinite(finished[1]).all():  # losses are those before the last update
                 raise TrainingDiverged(
                     f"image synthesis, batch {number + 1}: images are not finite after the last "
@@ -154,9 +152,16 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int,
             wait_for_all(str(path))
         with np.load(path) as stored:
             batches.append((stored["images"], stored["labels"]))
-            centers = Centers(jnp.asarray(stored["sums"]), jnp.asarray(stored["counts"]))
+            centers = Centers(*jax.device_put((stored["sums"], stored["counts"])))
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return Pool(*put_replicated((images, labels), mesh))
+
+
+def _compile_finish(state: NoiseState, teacher: Any, spec: StepSpec) -> Any:
+    """`finished_noise`, ahead of time; replicated: each process reads the images of all."""
+    finish = functools.partial(noise_steps.finished_noise, spec=spec)
+    jitted = jax.jit(finish, out_shardings=replicated(spec.mesh))
+    return jitted.lower(state, teacher).compile()
 
 
 def _iterations_per_call(iterations: int, most: int) -> int:

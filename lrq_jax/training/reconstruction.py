@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lrq_jax.console import Progress
@@ -106,7 +107,10 @@ def reconstructed(student: Student, variables: Variables, images: jax.Array, met
 
 def _reconstruct_block(spec: QuantSpec, block: Block, variables: Variables, images: BlockImages,
                        method: Method, key: jax.Array, name: str) -> Any:  # fmt: skip
-    state = initial_block(spec, block, variables, method)
+    # On the variables' devices, as is what a step returns: the second would be compiled anew.
+    state = jax.device_put(
+        initial_block(spec, block, variables, method), jax.tree.leaves(variables)[0].sharding
+    )
     iterations, pending = method.reconstruction_iterations, []
     with Progress(name, start=0, stop=iterations) as progress:
         for done in range(1, iterations + 1):
@@ -115,9 +119,10 @@ def _reconstruct_block(spec: QuantSpec, block: Block, variables: Variables, imag
             )
             pending.append(metrics)
             if done % _REPORT_EVERY == 0 or done == iterations:
-                values = {k: float(jnp.stack([m[k] for m in pending]).mean()) for k in metrics}
+                found = jax.device_get(pending)
+                values = {name: float(np.mean([m[name] for m in found])) for name in metrics}
                 pending = []
-                if not all(map(jnp.isfinite, values.values())):
+                if not all(map(np.isfinite, values.values())):
                     raise TrainingDiverged(
                         f"reconstruction of {name}: a loss is not finite before iteration {done}: "
                         f"{values}; lower method.reconstruction_learning_rate"
