@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lrq_jax import losses
+from lrq_jax.passes.blocks import blocks_of, canonical, variables_of
 from lrq_jax.passes.float_forward import Variables
 from lrq_jax.quantize import Job
 from lrq_jax.training import noise_steps, steps
@@ -21,7 +22,12 @@ from lrq_jax.training.compilation import (
     steps_per_dispatch,
 )
 from lrq_jax.training.loop import dispatches, phases
-from lrq_jax.training.reconstruction import reconstructed
+from lrq_jax.training.reconstruction import (
+    BlockImages,
+    compile_reconstruction,
+    initial_block,
+    reconstructed,
+)
 
 _CALLS = 3
 _LONG_STEPS = 5_000
@@ -57,7 +63,7 @@ def estimate(job: Job) -> tuple[PhaseEstimate, ...]:
     """Compiles each phase's step and calls it three times; nothing is written.
 
     The images' own optimisation, where a method has it, is the first phase. Steps that train on
-    such images are timed on a pool of zeros. Learning the rounding of weights is not counted.
+    such images are timed on a pool of zeros. A step of reconstruction is one iteration of every block.
     """
     spec, mesh = job.spec, job.spec.mesh
     assert mesh is not None  # `prepare` makes one
@@ -66,9 +72,10 @@ def estimate(job: Job) -> tuple[PhaseEstimate, ...]:
         [] if job.settings.pool_path or not spec.method.makes_pool else [_of_images(job, variables)]
     )
     for phase in phases(spec):
-        if phase.step is reconstructed:
-            continue
         state = put_replicated(steps.initial_state(spec, variables, job.settings.seed), mesh)
+        if phase.step is reconstructed:
+            found.append(_of_reconstruction(phase.name, job, state.student))
+            continue
         arguments = (variables,)
         if phase.step in (steps.pool_step, steps.pool_calibration_step):
             count = spec.method.noise_batches * spec.method.noise_batch_size
@@ -78,7 +85,7 @@ def estimate(job: Job) -> tuple[PhaseEstimate, ...]:
             arguments += put_replicated((images, np.zeros(count, np.int32)), mesh)
         most = steps_per_dispatch(job.settings.steps_per_dispatch, mesh)
         count = dispatches(phase, phase.start, most)[0]
-        timed = _timed(phase.step, state, *arguments, job=job, count=count)
+        timed = _compiled(phase.step, state, *arguments, job=job, count=count)
         found.append(PhaseEstimate(name=phase.name, steps=phase.stop - phase.start, **timed))
     return tuple(found)
 
@@ -92,15 +99,52 @@ def _of_images(job: Job, variables: Variables) -> PhaseEstimate:
     return PhaseEstimate(
         name="image synthesis",
         steps=spec.method.noise_batches * spec.method.noise_iterations,
-        **_timed(noise_steps.noise_step, state, variables, job=job, count=1),
+        **_compiled(noise_steps.noise_step, state, variables, job=job, count=1),
     )
 
 
-def _timed(step: StepFunction, state: Any, *arguments: Any, job: Job, count: int) -> dict[str, Any]:
-    """Of `count` steps in one program: a step's seconds, and the program's seconds and bytes."""
+def _of_reconstruction(name: str, job: Job, student: Variables) -> PhaseEstimate:
+    """All iterations of all blocks; what they read and must make is zeros."""
+    spec, method, shapes = job.spec.student, job.spec.method, job.spec.graph.shapes
+    timed: dict[tuple[Any, ...], dict[str, Any]] = {}
+    seconds = []
+    for block in blocks_of(spec):
+        shared, names = canonical(block)
+        source, made = (
+            np.zeros((method.reconstruction_batch_size, *shapes[tensor]), np.float32)
+            for tensor in (block.source, block.output)
+        )
+        key = (shared, source.shape)
+        if key not in timed:
+            own = variables_of(student, names)
+            state = initial_block(spec.spec, shared, own, method)
+            arguments = own, BlockImages(source, source, made), jax.random.key(0)
+            clock = time.monotonic()
+            program = compile_reconstruction(
+                state, *arguments, spec=spec.spec, block=shared, method=method
+            )
+            timed[key] = _timed(program, time.monotonic() - clock, state, arguments, count=1)
+        seconds.append(timed[key]["seconds_per_step"])
+    known = [each["bytes"] for each in timed.values() if each["bytes"] is not None]
+    return PhaseEstimate(
+        name=name,
+        steps=method.reconstruction_iterations,
+        seconds_per_step=sum(seconds),
+        compile_seconds=sum(each["compile_seconds"] for each in timed.values()),
+        bytes=max(known, default=None),
+    )
+
+
+def _compiled(step: StepFunction, state: Any, *arguments: Any, job: Job, count: int) -> dict[str, Any]:  # fmt: skip
+    """`_timed` of `count` steps in one program, compiled here."""
     clock = time.monotonic()
     program = compile_step(step, state, *arguments, mesh=job.spec.mesh, count=count, spec=job.spec)
-    compiled = time.monotonic() - clock
+    return _timed(program, time.monotonic() - clock, state, arguments, count=count)
+
+
+def _timed(program: Any, compile_seconds: float, state: Any, arguments: tuple[Any, ...], *,
+           count: int) -> dict[str, Any]:  # fmt: skip
+    """Of a program of `count` steps: a step's seconds, and the program's seconds and bytes."""
     fastest = float("inf")
     for _ in range(_CALLS):
         clock = time.monotonic()
@@ -108,7 +152,7 @@ def _timed(step: StepFunction, state: Any, *arguments: Any, job: Job, count: int
         fastest = min(fastest, time.monotonic() - clock)
     return {
         "seconds_per_step": fastest / count,
-        "compile_seconds": compiled,
+        "compile_seconds": compile_seconds,
         "bytes": program_bytes(program),
     }
 
@@ -132,7 +176,7 @@ def describe(found: tuple[PhaseEstimate, ...]) -> str:
     return "\n".join(
         [
             *lines,
-            f"in all about {total}{memory}; evaluation and learned rounding come on top",
+            f"in all about {total}{memory}; evaluation comes on top",
         ]
     )
 

@@ -88,7 +88,9 @@ class Method:
     average_decay: float = 0.0  # of the student's weights; their average ships; 0: the last ones do
     # --- optimisers ---
     student_optimizer: str = "sgd"  # sgd (nesterov) | adam
-    student_learning_rate: float = 1e-4  # of weights and biases
+    student_learning_rate: float = 1e-4  # of weights, biases and norms
+    # of kernels instead, in units of their own quantization steps (ours; Adam alone); 0: the same
+    student_kernel_rate: float = 0.0
     student_schedule: str = "step"  # step (x 0.1 at milestones) | cosine (to 0) | constant
     student_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)  # steps after which it falls
     student_momentum: float = 0.9  # of sgd
@@ -164,7 +166,7 @@ class Method:
                      "student_weight_decay", "noise_bns_weight", "noise_target_weight",
                      "class_focus", "noise_low_pass", "channel_alignment", "cam_alignment",
                      "perturbation", "noise_image_weight", "noise_swing", "noise_spectrum",
-                     "reconstruction_regularizer"):  # fmt: skip
+                     "reconstruction_regularizer", "student_kernel_rate"):  # fmt: skip
             self._check(name, minimum=0)
         for name in ("temperature", "gradient_clip", "student_learning_rate",
                      "step_size_learning_rate", "generator_learning_rate", "noise_learning_rate",
@@ -188,6 +190,12 @@ class Method:
                     f"method.{name}: found {getattr(self, name)!r}, expected steps: whole numbers "
                     "of at least 0"
                 )
+        if self.student_kernel_rate and self.student_optimizer != "adam":
+            raise ValueError(
+                f"method.student_kernel_rate: found {self.student_kernel_rate} with "
+                f"student_optimizer={self.student_optimizer!r}, expected 'adam' or a rate of 0: of "
+                "other optimisers the gradient's size is in the update"
+            )
         if self.bias_correction and self.rounding == "adaround":
             raise ValueError(
                 "method.bias_correction: found True with rounding='adaround', expected False: "

@@ -185,13 +185,15 @@ def genie(*, large_images: bool) -> Preset:
 
 def fast(*, large_images: bool) -> Preset:
     """Ours, for minutes: a small pool of noise images, ranges and step sizes that are searched
-    and then learned, distillation alone.
+    and then learned, rounding learned block by block, then distillation alone.
 
     The parts: images matched to the batch norms' relative statistics, over frequencies that fall as
-    those of photographs do (`coloured`); ranges by the smallest
-    `|error|^2.4` (BRECQ); learned step sizes and clip mask (LSQ); the teacher's soft outputs and
-    no labels (AIT, arXiv 2203.17008); a thousand images suffice, since they are only ever seen
-    moved, mirrored and mixed in pairs (mixup, arXiv 1710.09412). `docs/accuracy.md` says what each part bought.
+    those of photographs do (`coloured`); ranges by the smallest `|error|^2.4` (BRECQ); AdaRound
+    with QDrop, a fiftieth of its published iterations at ten times the rate; learned step sizes and
+    clip mask (LSQ); kernels' rates in units of their quantization steps, so that the size of
+    channels, which batch norms undo, does not matter; the teacher's soft outputs and no labels (AIT,
+    arXiv 2203.17008); a thousand images suffice, since they are only ever seen moved, mirrored and
+    mixed in pairs (mixup, arXiv 1710.09412). `docs/accuracy.md` says what each part bought.
     """
     method = Method(
         images="noise",
@@ -202,12 +204,17 @@ def fast(*, large_images: bool) -> Preset:
         warmup_steps=16,
         calibration_steps=16,
         steps=500 if large_images else 1_000,
+        rounding="adaround",
+        reconstruction_iterations=200 if large_images else 400,
+        reconstruction_learning_rate=0.01,
+        reconstruction_step_rate=0.001,
         ama_weight=0.0,
         student_loss="kd",
         ce_weight=0.0,
         temperature=4.0,
         student_optimizer="adam",
         student_learning_rate=2e-4,
+        student_kernel_rate=0.003,
         student_schedule="cosine",
         student_weight_decay=0.0,
         augmentation="crop_flip" if large_images else "shift_flip",
@@ -236,20 +243,22 @@ def fast(*, large_images: bool) -> Preset:
 
 
 def best(*, large_images: bool) -> Preset:
-    """Ours, for a GPU-hour: `fast` with more of everything, on a student rebuilt block by block.
+    """Ours, for a GPU-hour: `fast` with more of everything.
 
-    2,048 images of 1,000 iterations each; AdaRound with QDrop, whose choices distillation then
-    starts from, at half of `fast`'s rate, and a running average of the weights. Constants are
+    2,048 images of 1,000 iterations each; AdaRound with QDrop at its published rates; distillation
+    at half of `fast`'s rates, and a running average of the weights. Constants are
     ours, sized by counting operations [open]: nothing of it was measured yet.
     """
     base = fast(large_images=large_images)
     return _changed(
         base,
         batch_size=64 if large_images else 128,
-        rounding="adaround",
         reconstruction_iterations=5_000 if large_images else 20_000,
+        reconstruction_learning_rate=1e-3,
+        reconstruction_step_rate=4e-5,
         steps=5_000 if large_images else 20_000,
-        student_learning_rate=1e-4,
+        student_learning_rate=base.method.student_learning_rate / 2,
+        student_kernel_rate=base.method.student_kernel_rate / 2,
         average_decay=0.999,
         noise_batches=64 if large_images else 16,
         noise_iterations=1_000,

@@ -115,12 +115,9 @@ FAST_PARTS = {
     "averaged weights": ["--config.method.average_decay=0.99"],
     "inundation": ["--config.method.inundation=0.001"],
     "equalized": ["--config.method.equalize=True"],
-    "adaround": [
-        "--config.method.rounding=adaround",
-        "--config.method.reconstruction_iterations=400",
-        "--config.method.reconstruction_learning_rate=0.01",
-        "--config.method.reconstruction_step_rate=0.001",
-    ],
+    "rounded to the nearest": ["--config.method.rounding=nearest"],
+    "one rate for all": ["--config.method.student_kernel_rate=0.0"],
+    "both": ["--config.method.rounding=nearest", "--config.method.student_kernel_rate=0.0"],
     "2,000 steps": ["--config.steps=2000"],
     "2,000 steps of 32": [
         "--config.steps=2000",
@@ -128,7 +125,10 @@ FAST_PARTS = {
         "--config.method.warmup_steps=32",
         "--config.method.calibration_steps=32",
     ],
-    "higher rate": ["--config.method.student_learning_rate=0.0005"],
+    "higher rates": [
+        "--config.method.student_learning_rate=0.0005",
+        "--config.method.student_kernel_rate=0.006",
+    ],
 }
 _POOL = ["--config.method.noise_iterations=250", "--config.method.noise_plateau_patience=12"]
 _OWN_TEMPERATURE = ["--config.method.temperature=20"]

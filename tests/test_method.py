@@ -192,12 +192,14 @@ def test_gdfq_is_lrq_without_its_three_ingredients(large):
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["32 px", "224 px"])
-def test_best_is_fast_with_more_of_everything_and_learned_rounding(large):
+def test_best_is_fast_with_more_of_everything(large):
     base, found = (PRESETS[name](large_images=large) for name in ("fast", "best"))
     assert base.student == found.student
-    for field in ("noise_batches", "noise_iterations", "steps", "batch_size"):
+    for field in ("noise_batches", "noise_iterations", "steps", "batch_size",
+                  "reconstruction_iterations"):  # fmt: skip
         assert getattr(found.method, field) > getattr(base.method, field), field
-    assert found.method.rounding == "adaround"
+    assert found.method.rounding == base.method.rounding == "adaround"
+    assert found.method.student_kernel_rate == base.method.student_kernel_rate / 2
     assert found.method.noise_parameters == base.method.noise_parameters == "pixels"
 
 
@@ -228,6 +230,12 @@ def test_an_unknown_rounding_is_refused_with_the_known_ones():
 def test_bias_correction_of_what_is_not_yet_rounded_is_refused():
     with pytest.raises(ValueError, match=r"bias_correction: found True with rounding='adaround'"):
         Method(bias_correction=True, rounding="adaround")
+
+
+def test_a_rate_in_quantization_steps_is_refused_where_the_update_has_no_size_of_its_own():
+    with pytest.raises(ValueError, match=r"student_kernel_rate: found 0.01 with .*='sgd'"):
+        Method(student_kernel_rate=0.01)
+    Method(student_kernel_rate=0.01, student_optimizer="adam")
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():

@@ -433,6 +433,70 @@ def test_networks_the_losses_are_not_defined_on_are_refused():
         step_spec(capped, tiny_settings(), None)
 
 
+ADAM = {"student_optimizer": "adam", "student_schedule": "constant", "student_weight_decay": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("placement", "learned_steps"), [("integer", "both"), ("integer", "none"), ("paper", "none")]
+)
+def test_kernels_move_by_their_rate_in_quantization_steps(placement, learned_steps):
+    """Adam's first update is its rate, up or down, whatever the gradient."""
+    settings = tiny_settings(**ADAM, student_learning_rate=1e-3, student_kernel_rate=0.02)
+    quantized = QuantSpec(placement=placement, learned_steps=learned_steps)
+    settings = dataclasses.replace(settings, student=quantized)
+    spec = step_spec(TEACHER, settings, None)
+    (before, _), (after, _) = (run_steps(settings, CALIBRATED[:count]) for count in (1, 2))
+    for operation in spec.student.operations:
+        if not operation.weight_bits:
+            continue
+        old, new = (s.student["params"][operation.layer.name] for s in (before, after))
+        step = np.asarray(kernel_steps(quantized, before.student, operation).step)
+        moved = np.abs(np.asarray(new["kernel"]) - np.asarray(old["kernel"])) / step
+        gets_a_gradient = moved > 0
+        assert gets_a_gradient.mean() > 0.3, operation.layer.name
+        np.testing.assert_allclose(moved[gets_a_gradient], 0.02, rtol=0.02)
+    bias = np.abs(
+        np.subtract(*(s.student["params"]["classifier"]["bias"] for s in (before, after)))
+    )
+    assert np.median(bias) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_channels_that_are_rescaled_learn_the_same_codes():
+    """A batch norm undoes the size of the channels before it, so it must not matter. Rates of
+    their own weights do, and here move the small ones through all their codes."""
+    changed = {}
+    for rate in (0.0, 0.05):
+        settings = tiny_settings(**ADAM, student_learning_rate=1e-2, student_kernel_rate=rate)
+        spec = step_spec(TEACHER, settings, None)
+        codes = []
+        for scale in (1.0, 2.0**-7):
+            variables = jax.tree.map(jax.numpy.asarray, rescaled_teacher(scale))
+            state = START(spec, variables, 0)
+            for step in CALIBRATED:
+                with jax.disable_jit():
+                    state, _ = step(state, variables, spec=spec)
+            codes.append(np.asarray(freeze(spec.student, state.student)["weights"][FIRST].codes))
+        changed[rate] = np.mean(codes[0] != codes[1])
+    assert changed[0.05] < 0.01
+    assert changed[0.0] > 0.2
+
+
+FIRST = TEACHER.graph.weighted[0].name
+"""The first convolution; `bn1` is behind it."""
+
+
+def rescaled_teacher(scale):
+    """The same network, the channels of its first convolution that much smaller."""
+    params, statistics = dict(TEACHER.variables["params"]), dict(TEACHER.variables["batch_stats"])
+    kernel = params[FIRST]["kernel"] * np.float32(scale)
+    params[FIRST] = {**params[FIRST], "kernel": kernel}
+    mean, var = statistics["bn1"]["mean"] * scale, statistics["bn1"]["var"]
+    eps = next(layer.eps for layer in TEACHER.graph.layers if layer.name == "bn1")
+    var = (var + eps) * scale**2 - eps
+    statistics["bn1"] = {"mean": np.float32(mean), "var": np.float32(var)}
+    return {**TEACHER.variables, "params": params, "batch_stats": statistics}
+
+
 def test_inundated_steps_change_their_share_of_every_kernels_codes():
     settings = tiny_settings(**FIRING, inundation=0.1)
     spec = step_spec(TEACHER, settings, None)

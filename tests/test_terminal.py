@@ -135,11 +135,17 @@ def test_an_estimate_measures_every_phase_and_writes_nothing(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
 
 
-def test_an_estimate_leaves_learned_rounding_out(tmp_path):
-    settings = tiny_settings(rounding="adaround", steps=0, warmup_steps=1, calibration_start=0)
-    assert [
-        phase.name for phase in estimate(prepare(tiny_teacher(), settings, None, tmp_path))
-    ] == ["image synthesis", "calibration"]
+def test_an_estimate_counts_every_blocks_reconstruction(tmp_path):
+    learned = {"rounding": "adaround", "reconstruction_iterations": 50}
+    settings = tiny_settings(**learned, steps=0, warmup_steps=1, calibration_start=0)
+    job = prepare(tiny_teacher(), settings, None, tmp_path)
+    found = {phase.name: phase for phase in estimate(job)}
+    assert list(found) == ["image synthesis", "calibration", "reconstruction"]
+    rebuilt = found["reconstruction"]
+    assert rebuilt.steps == 50
+    assert rebuilt.seconds_per_step > 0
+    assert rebuilt.compile_seconds > 0
+    assert rebuilt.bytes > 10_000
 
 
 def test_an_estimate_counts_images_optimised_from_noise(tmp_path):

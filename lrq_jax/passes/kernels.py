@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 
 from lrq_jax.passes.float_forward import Variables
@@ -66,21 +68,26 @@ def lineage_kernel(spec: QuantSpec, variables: Variables, operation: Operation) 
     )
 
 
-def kernel_steps(spec: QuantSpec, variables: Variables, operation: Operation) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """What values an operation's kernel can have: multiples of a step, from one to another.
+class KernelSteps(NamedTuple):
+    """What values a kernel can have: multiples of `step` from the `lowest` to the `highest`, each
+    `[C_out]`."""
 
-    Returns:
-      The step, smallest and largest multiple, each `[C_out]`.
-    """
+    step: jax.Array
+    lowest: jax.Array
+    highest: jax.Array
+
+
+def kernel_steps(spec: QuantSpec, variables: Variables, operation: Operation) -> KernelSteps:
+    """What values an operation's kernel can have, its batch norm left out."""
     bits = operation.weight_bits
     if spec.placement == "integer":
         step, zero_point = kernel_parameters(spec, variables, operation)
         lowest, highest = weight_code_limits(bits)
-        return step, lowest - zero_point, highest - zero_point
+        return KernelSteps(step, lowest - zero_point, highest - zero_point)
     limits = kernel_range(spec, variables, operation)
     scale, offset = lineage_parameters(limits["low"], limits["high"], bits)
     half = 2 ** (bits - 1)
-    return 1 / scale, offset - half, offset + half - 1
+    return KernelSteps(1 / scale, offset - half, offset + half - 1)
 
 
 def _observed_range(spec: QuantSpec, kernel: jax.Array, bits: int) -> Range:

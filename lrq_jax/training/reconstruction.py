@@ -170,6 +170,11 @@ _compiled_step = jax.jit(
 )
 
 
+def compile_reconstruction(*arguments: Any, **static: Any) -> Any:
+    """The program of `reconstruction_step` for arguments like these, ahead of time."""
+    return _compiled_step.lower(*arguments, **static).compile()
+
+
 def reconstruction_loss(trainable: Any, variables: Variables, batch: BlockImages, key: jax.Array,
                         step: jax.Array, *, spec: QuantSpec, block: Block, method: Method) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
     """`mean(sum over channels of (y_q - y)^2) + lambda * sum(1 - |2 h(V) - 1|^beta)`.

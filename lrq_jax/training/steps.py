@@ -6,6 +6,7 @@ Nothing here is jitted, sharded or donated; `training.compilation` does that in 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,11 +15,12 @@ import optax
 
 from lrq_jax import losses
 from lrq_jax.losses.margin import Centers
+from lrq_jax.method import Method
 from lrq_jax.passes import calibrate
 from lrq_jax.passes.bias_correction import bias_corrected
 from lrq_jax.passes.equalization import equalized
 from lrq_jax.passes.float_forward import Variables
-from lrq_jax.passes.kernels import kernel_steps
+from lrq_jax.passes.kernels import KernelSteps, kernel_steps
 from lrq_jax.passes.rounding import rounded_weights, with_held_ranges
 from lrq_jax.quantizers.rounding import ROUNDINGS
 from lrq_jax.resources import accumulated_gradient
@@ -205,8 +207,10 @@ def _update_student(state: TrainState, teacher: Variables, images: jax.Array, la
     trainable = spec.student.trainable(state.student)
     grads, terms = gradient(trainable, images, labels, lesson)
     updates, opt = student_optimizer(spec.method).update(grads, state.student_opt, trainable)
+    if spec.method.student_kernel_rate:
+        updates = _with_kernels(_at_kernel_rate, updates, state.student, spec)
     if spec.method.inundation:
-        updates = _inundated(updates, state.student, spec)
+        updates = _with_kernels(_inundated, updates, state.student, spec)
     trainable = optax.apply_updates(trainable, updates)
     state = state._replace(
         student=spec.student.with_trainable(state.student, trainable),
@@ -216,17 +220,28 @@ def _update_student(state: TrainState, teacher: Variables, images: jax.Array, la
     return state, terms
 
 
-def _inundated(updates: Variables, student: Variables, spec: StepSpec) -> Variables:
-    """Updates in which every kernel's is large enough to change its share of codes."""
+def _with_kernels(change: Callable[..., jax.Array], updates: Variables, student: Variables,
+                  spec: StepSpec) -> Variables:  # fmt: skip
+    """Updates in which every kernel's is `change(update, kernel, its steps, method)`."""
     params = dict(updates["params"])
     for operation in spec.student.operations:
         if operation.weight_bits:
             name = operation.layer.name
             steps = kernel_steps(spec.student.spec, student, operation)
             kernel = student["params"][name]["kernel"]
-            update = inundated(params[name]["kernel"], kernel, *steps, spec.method.inundation)
+            update = change(params[name]["kernel"], kernel, steps, spec.method)
             params[name] = {**params[name], "kernel": update}
     return {**updates, "params": params}
+
+
+def _at_kernel_rate(update: jax.Array, kernel: jax.Array, steps: KernelSteps, method: Method) -> jax.Array:  # fmt: skip
+    """Adam's update of a kernel, its rate counted in the kernel's own quantization steps."""
+    return update * (method.student_kernel_rate / method.student_learning_rate * steps.step)
+
+
+def _inundated(update: jax.Array, kernel: jax.Array, steps: KernelSteps, method: Method) -> jax.Array:  # fmt: skip
+    """An update large enough to change its share of the kernel's codes."""
+    return inundated(update, kernel, *steps, method.inundation)
 
 
 def step_key(state: Keyed) -> jax.Array:
