@@ -1,4 +1,4 @@
-"""Two real processes that train together: the same losses, one of them killed, the rest resumed."""
+"""Two real processes that train together: the same losses, either of them killed, the rest resumed."""
 
 import json
 import os
@@ -24,7 +24,6 @@ REPOSITORY = Path(__file__).parents[1]
 STEPS, WARMUP = 24, 4
 LOST, REFUSED = 4, 2  # exit codes of lrq_jax.main, whose import reads the command line
 TINY_RUN = (
-    f"--config={REPOSITORY / 'configs' / 'digits_lrq.py'}",
     "--config.data.name=",
     f"--config.steps={STEPS}",
     f"--config.method.warmup_steps={WARMUP}",
@@ -38,7 +37,6 @@ TINY_RUN = (
     # Of 8 bits and few updates: at 4 a code that rounding moves shows in the loss.
     "--config.student.weight_bits=8",
     "--config.student.act_bits=8",
-    "--config.method.student_optimizer=sgd",
     "--config.method.student_learning_rate=1e-5",
     "--config.checkpoint_every=4",
     "--config.log_every=1",
@@ -52,11 +50,17 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(workdir, *flags, **environment):
+def start(workdir, *flags, config="digits_lrq", **environment):
     """The command line as a person starts it, on one device; its teacher lies beside `workdir`."""
-    flags = (f"--config.teacher.path={workdir.parent / 'teacher'}", *flags)  # needs no digits
+    flags = (
+        f"--config={REPOSITORY / 'configs' / config}.py",
+        f"--config.teacher.path={workdir.parent / 'teacher'}",  # needs no digits
+        *TINY_RUN,
+        *(LRQ if config == "digits_lrq" else FAST),
+        *flags,
+    )
     return subprocess.Popen(
-        [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *TINY_RUN, *flags],
+        [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *flags],
         env={
             "PYTHONPATH": str(REPOSITORY),
             "PATH": "/usr/bin:/bin",
@@ -72,26 +76,58 @@ def start(workdir, *flags, **environment):
     )
 
 
-def start_two(workdir):
+LRQ = ("--config.method.student_optimizer=sgd",)
+FAST = (
+    "--config.method.noise_batches=2",
+    "--config.method.noise_batch_size=16",
+    "--config.method.noise_iterations=4",
+    "--config.method.reconstruction_iterations=4",
+    "--config.method.reconstruction_batch_size=8",
+)
+
+
+def start_two(workdir, config="digits_lrq"):
     shared = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
     }
     return [
-        start(workdir, "--config.distributed=True", **shared, JAX_PROCESS_ID=str(number))
+        start(
+            workdir,
+            "--config.distributed=True",
+            config=config,
+            **shared,
+            JAX_PROCESS_ID=str(number),
+        )
         for number in (0, 1)
     ]
 
 
-def losses_of(workdir):
+def losses_of(workdir, steps=tuple(range(1, WARMUP + STEPS + 1))):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
-    assert [entry["step"] for entry in entries] == list(range(1, WARMUP + STEPS + 1))
+    assert [entry["step"] for entry in entries] == list(steps)
     return [{k: v for k, v in e.items() if isinstance(v, float)} for e in entries]
 
 
 def saved_steps(workdir):
     return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+
+
+def killed(processes, number, workdir, *, after):
+    """One of two processes killed as soon as that step is saved: the other's exit code and output."""
+    deadline = time.monotonic() + 600
+    while not any(step >= after for step in saved_steps(workdir)):
+        for process in processes:
+            assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    processes[number].send_signal(signal.SIGKILL)
+    processes[number].communicate()
+    other = processes[1 - number]
+    output, _ = other.communicate(timeout=120)
+    assert not (workdir / "report.json").exists(), "killed too late to prove anything"
+    return other.returncode, output
 
 
 @pytest.fixture(scope="module")
@@ -103,25 +139,15 @@ def runs(tmp_path_factory):
     output, _ = alone.communicate(timeout=600)
     assert alone.returncode == 0, output
 
-    first, second = start_two(folder / "two")
-    deadline = time.monotonic() + 600
-    while not any(step >= 8 for step in saved_steps(folder / "two")):
-        assert first.poll() is None, first.stdout.read()
-        assert second.poll() is None, second.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    second.send_signal(signal.SIGKILL)
-    second.communicate()
-    first_output, _ = first.communicate(timeout=120)
+    first = killed(start_two(folder / "two"), 1, folder / "two", after=8)
     metrics = (folder / "two" / "metrics.jsonl").read_text()
-    assert not (folder / "two" / "report.json").exists(), "killed too late to prove anything"
 
     resumed = start(folder / "two")
     resumed_output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, resumed_output
     return {
         "folder": folder,
-        "first": (first.returncode, first_output),
+        "first": first,
         "resumed": resumed_output,
         "metrics": metrics,
     }
@@ -161,6 +187,35 @@ def test_codes_of_both_runs_are_those_of_the_same_network(runs):
     codes = [load_student(runs["folder"] / name / "student")[1] for name in ("alone", "two")]
     kernels = [np.concatenate([w["codes"].ravel() for w in c["weights"].values()]) for c in codes]
     assert np.mean(kernels[0] != kernels[1]) < 1e-3
+
+
+def test_two_processes_make_images_rebuild_blocks_and_train_as_one_and_outlive_the_first(tmp_path):
+    """`fast`, of whose two processes the first is killed, on which jax's coordination rests, and
+    which two others then finish."""
+    save_teacher(tiny_teacher(), tmp_path / "teacher")
+    alone = start(tmp_path / "alone", config="fast")
+    output, _ = alone.communicate(timeout=600)
+    assert alone.returncode == 0, output
+
+    two = tmp_path / "two"
+    code, output = killed(start_two(two, config="fast"), 0, two, after=WARMUP + 8)
+    assert code != 0
+    assert "coordination service" in output, output  # jax ends the process, with its own message
+    for process in start_two(two, config="fast"):
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+
+    steps = (*range(1, WARMUP + 1), *range(WARMUP + 2, WARMUP + STEPS + 2))  # reconstruction: one
+    for one, both in zip(losses_of(tmp_path / "alone", steps), losses_of(two, steps), strict=True):
+        assert one.keys() == both.keys()
+        for name, value in one.items():
+            if name != "student/agreement":  # of the size of cross-entropies, about 5
+                assert both[name] == pytest.approx(value, abs=5e-5, rel=0), name
+    pools = [
+        [np.load(path)["images"] for path in sorted((run / "pool").glob("*.npz"))]
+        for run in (tmp_path / "alone", two)
+    ]
+    np.testing.assert_allclose(*pools, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from lrq_jax.ops.by_platform import tracing_for
@@ -80,5 +80,14 @@ def compiled_in(seconds: float, program: Any) -> str:
 
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
-    """Copies of host or device arrays on every device of the mesh."""
-    return jax.tree.map(lambda x: jax.device_put(jnp.asarray(x), replicated(mesh)), tree)
+    """Copies of host or device arrays on every device of the mesh, alike in all processes.
+
+    What one process holds goes by way of its host: of an array on one device `jax.device_put`
+    makes, among several processes, one that programs take but that cannot be saved (jax 0.10.2).
+    """
+
+    def put(x: Any) -> jax.Array:
+        held_by_several = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return jax.device_put(x if held_by_several else np.asarray(x), replicated(mesh))
+
+    return jax.tree.map(put, tree)
