@@ -169,7 +169,7 @@ def quantize(teacher: Teacher | str | Path, *, config: ConfigDict | str | Path |
         method of minutes (preset `fast`).
       preset: a name in `lrq_jax.presets.PRESETS`; this and the next three: None keeps the config's.
       weight_bits, act_bits: 2 to 8.
-      steps: training steps; 0: calibrate ranges and report.
+      steps: training steps; 0: ranges (and rounding, if the preset learns it) and a report.
       data: labelled images, to report accuracy only; a folder, a dataset's name or `load_data`'s;
         None: the config's, by default those of the embedded teacher, and none for others.
       workdir: the run directory.

@@ -63,7 +63,8 @@ def estimate(job: Job) -> tuple[PhaseEstimate, ...]:
     """Compiles each phase's step and calls it three times; nothing is written.
 
     The images' own optimisation, where a method has it, is the first phase. Steps that train on
-    such images are timed on a pool of zeros. A step of reconstruction is one iteration of every block.
+    such images are timed on a pool of zeros. A step of reconstruction is one iteration of every block;
+    the passes of the whole pool between blocks are not timed.
     """
     spec, mesh = job.spec, job.spec.mesh
     assert mesh is not None  # `prepare` makes one
@@ -71,23 +72,28 @@ def estimate(job: Job) -> tuple[PhaseEstimate, ...]:
     found = (
         [] if job.settings.pool_path or not spec.method.makes_pool else [_of_images(job, variables)]
     )
+    start = jax.jit(steps.initial_state, static_argnums=(0, 2))
     for phase in phases(spec):
-        state = put_replicated(steps.initial_state(spec, variables, job.settings.seed), mesh)
+        state = put_replicated(start(spec, variables, job.settings.seed), mesh)
         if phase.step is reconstructed:
             found.append(_of_reconstruction(phase.name, job, state.student))
             continue
         arguments = (variables,)
         if phase.step in (steps.pool_step, steps.pool_calibration_step):
-            count = spec.method.noise_batches * spec.method.noise_batch_size
-            if spec.method.images == "folder":
-                count = job.settings.train_images
-            images = np.zeros((count, *job.teacher.graph.input_shape), np.float32)
-            arguments += put_replicated((images, np.zeros(count, np.int32)), mesh)
+            images = np.zeros((_pool_size(job), *job.teacher.graph.input_shape), np.float32)
+            arguments += put_replicated((images, np.zeros(len(images), np.int32)), mesh)
         most = steps_per_dispatch(job.settings.steps_per_dispatch, mesh)
         count = dispatches(phase, phase.start, most)[0]
-        timed = _compiled(phase.step, state, *arguments, job=job, count=count)
+        timed = _compiled_and_timed(phase.step, state, *arguments, job=job, count=count)
         found.append(PhaseEstimate(name=phase.name, steps=phase.stop - phase.start, **timed))
     return tuple(found)
+
+
+def _pool_size(job: Job) -> int:
+    method = job.spec.method
+    if method.images == "folder":
+        return job.settings.train_images
+    return method.noise_batches * method.noise_batch_size
 
 
 def _of_images(job: Job, variables: Variables) -> PhaseEstimate:
@@ -99,7 +105,7 @@ def _of_images(job: Job, variables: Variables) -> PhaseEstimate:
     return PhaseEstimate(
         name="image synthesis",
         steps=spec.method.noise_batches * spec.method.noise_iterations,
-        **_compiled(noise_steps.noise_step, state, variables, job=job, count=1),
+        **_compiled_and_timed(noise_steps.noise_step, state, variables, job=job, count=1),
     )
 
 
@@ -124,6 +130,9 @@ def _of_reconstruction(name: str, job: Job, student: Variables) -> PhaseEstimate
                 state, *arguments, spec=spec.spec, block=shared, method=method
             )
             timed[key] = _timed(program, time.monotonic() - clock, state, arguments, count=1)
+            if timed[key]["bytes"] is not None:  # a block's program takes the whole pool
+                held = (2 * source.nbytes + made.nbytes) // len(source)
+                timed[key]["bytes"] += held * (_pool_size(job) - len(source))
         seconds.append(timed[key]["seconds_per_step"])
     known = [each["bytes"] for each in timed.values() if each["bytes"] is not None]
     return PhaseEstimate(
@@ -135,7 +144,7 @@ def _of_reconstruction(name: str, job: Job, student: Variables) -> PhaseEstimate
     )
 
 
-def _compiled(step: StepFunction, state: Any, *arguments: Any, job: Job, count: int) -> dict[str, Any]:  # fmt: skip
+def _compiled_and_timed(step: StepFunction, state: Any, *arguments: Any, job: Job, count: int) -> dict[str, Any]:  # fmt: skip
     """`_timed` of `count` steps in one program, compiled here."""
     clock = time.monotonic()
     program = compile_step(step, state, *arguments, mesh=job.spec.mesh, count=count, spec=job.spec)

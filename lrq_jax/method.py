@@ -57,7 +57,7 @@ class Method:
     reconstruction_warmup: float = 0.2  # share of the iterations before that weight counts
     reconstruction_drop: float = 0.5  # activations left unquantized (QDrop, 2203.05740)
     # --- schedule, in steps ---
-    steps: int = 80_000  # student steps after the warm-up; 0: calibrate ranges and report
+    steps: int = 80_000  # student steps after the warm-up; 0: only what comes before them
     warmup_steps: int = 800  # steps before, of the generator alone
     calibration_start: int = 0  # activation ranges are updated from this step of the warm-up ...
     calibration_steps: int = 800  # ... for this many steps, then frozen
@@ -89,7 +89,8 @@ class Method:
     # --- optimisers ---
     student_optimizer: str = "sgd"  # sgd (nesterov) | adam
     student_learning_rate: float = 1e-4  # of weights, biases and norms
-    # of kernels instead, in units of their own quantization steps (ours; Adam alone); 0: the same
+    # of all quantized kernels instead, in units of their own quantization steps, on the same
+    # schedule (ours; Adam alone); 0: the same
     student_kernel_rate: float = 0.0
     student_schedule: str = "step"  # step (x 0.1 at milestones) | cosine (to 0) | constant
     student_milestones: tuple[int, ...] = (20_000, 40_000, 60_000)  # steps after which it falls
@@ -193,8 +194,8 @@ class Method:
         if self.student_kernel_rate and self.student_optimizer != "adam":
             raise ValueError(
                 f"method.student_kernel_rate: found {self.student_kernel_rate} with "
-                f"student_optimizer={self.student_optimizer!r}, expected 'adam' or a rate of 0: of "
-                "other optimisers the gradient's size is in the update"
+                f"student_optimizer={self.student_optimizer!r}, expected 'adam', or 0: an update "
+                "of others grows with the gradient, so that a rate in steps means nothing"
             )
         if self.bias_correction and self.rounding == "adaround":
             raise ValueError(

@@ -436,13 +436,13 @@ def test_networks_the_losses_are_not_defined_on_are_refused():
 ADAM = {"student_optimizer": "adam", "student_schedule": "constant", "student_weight_decay": 0.0}
 
 
-@pytest.mark.parametrize(
-    ("placement", "learned_steps"), [("integer", "both"), ("integer", "none"), ("paper", "none")]
-)
-def test_kernels_move_by_their_rate_in_quantization_steps(placement, learned_steps):
+@pytest.mark.parametrize("quantized", [
+    QuantSpec(learned_steps="both"), QuantSpec(), QuantSpec(placement="paper"),
+    QuantSpec(policy="R", weight_bits=2),
+])  # fmt: skip
+def test_kernels_move_by_their_rate_in_quantization_steps(quantized):
     """Adam's first update is its rate, up or down, whatever the gradient."""
     settings = tiny_settings(**ADAM, student_learning_rate=1e-3, student_kernel_rate=0.02)
-    quantized = QuantSpec(placement=placement, learned_steps=learned_steps)
     settings = dataclasses.replace(settings, student=quantized)
     spec = step_spec(TEACHER, settings, None)
     (before, _), (after, _) = (run_steps(settings, CALIBRATED[:count]) for count in (1, 2))
@@ -454,7 +454,8 @@ def test_kernels_move_by_their_rate_in_quantization_steps(placement, learned_ste
         moved = np.abs(np.asarray(new["kernel"]) - np.asarray(old["kernel"])) / step
         gets_a_gradient = moved > 0
         assert gets_a_gradient.mean() > 0.3, operation.layer.name
-        np.testing.assert_allclose(moved[gets_a_gradient], 0.02, rtol=0.02)
+        assert np.median(moved[gets_a_gradient]) == pytest.approx(0.02, rel=1e-3)
+        assert moved.max() < 0.0201  # and less where a gradient is hardly larger than Adam's epsilon
     bias = np.abs(
         np.subtract(*(s.student["params"]["classifier"]["bias"] for s in (before, after)))
     )

@@ -9,18 +9,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 from conftest import TINY_FIELDS, tiny_data
 from ml_collections import config_flags
+from small_networks import random_variables
 from test_steps import tiny_settings, tiny_teacher
 
 from lrq_jax import api, bench, compare, console, evaluate, export, hints, reference, verify
+from lrq_jax import estimate as estimates
 from lrq_jax.config import base_config, field_names, get_config, resolve, short_schedule
+from lrq_jax.data import Preprocessing
 from lrq_jax.estimate import PhaseEstimate, describe, duration, estimate, is_long
+from lrq_jax.graph import GraphBuilder
 from lrq_jax.networks import FAMILIES
+from lrq_jax.passes.blocks import blocks_of
 from lrq_jax.presets import PRESETS
 from lrq_jax.quantize import prepare
+from lrq_jax.readers import Teacher
 from lrq_jax.reproduce import command
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
@@ -135,17 +142,45 @@ def test_an_estimate_measures_every_phase_and_writes_nothing(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
 
 
-def test_an_estimate_counts_every_blocks_reconstruction(tmp_path):
+def test_an_estimate_counts_every_blocks_reconstruction(tmp_path, monkeypatch):
     learned = {"rounding": "adaround", "reconstruction_iterations": 50}
-    settings = tiny_settings(**learned, steps=0, warmup_steps=1, calibration_start=0)
-    job = prepare(tiny_teacher(), settings, None, tmp_path)
+    pool = {"noise_batches": 3, "noise_batch_size": 16, "reconstruction_batch_size": 8}
+    settings = tiny_settings(**learned, **pool, steps=0, warmup_steps=1, calibration_start=0)
+    job = prepare(teacher_of_equal_blocks(), settings, None, tmp_path)
+    compiled, compile_one = [], estimates.compile_reconstruction
+
+    def counting(*arguments, **options):
+        compiled.append(options["block"])
+        return compile_one(*arguments, **options)
+
+    monkeypatch.setattr(estimates, "compile_reconstruction", counting)
     found = {phase.name: phase for phase in estimate(job)}
     assert list(found) == ["image synthesis", "calibration", "reconstruction"]
     rebuilt = found["reconstruction"]
     assert rebuilt.steps == 50
-    assert rebuilt.seconds_per_step > 0
-    assert rebuilt.compile_seconds > 0
-    assert rebuilt.bytes > 10_000
+    assert len(blocks_of(job.spec.student)) == 4
+    assert len(compiled) == 3  # the two in the middle are alike
+    assert rebuilt.bytes > 3 * 48 * 8 * 8 * 8 * 4  # of all 48 images, what a block reads and makes
+
+    def one_second(program, compile_seconds, state, arguments, *, count):
+        return {"seconds_per_step": 1.0, "compile_seconds": 2.0, "bytes": None}
+
+    monkeypatch.setattr(estimates, "_timed", one_second)
+    rebuilt = {phase.name: phase for phase in estimate(job)}["reconstruction"]
+    assert (rebuilt.seconds_per_step, rebuilt.compile_seconds, rebuilt.bytes) == (4.0, 6.0, None)
+
+
+def teacher_of_equal_blocks():
+    """A stem, two convolutions alike and a classifier."""
+    net = GraphBuilder("equal", input_shape=(8, 8, 1))
+    x = net.image
+    for _ in range(3):
+        x = net.relu(net.batch_norm(net.conv(x, 8, 3)))
+    net.dense(net.global_pool(x), 10, name="classifier")
+    graph = net.build()
+    variables = jax.device_get(random_variables(graph))
+    preprocessing = Preprocessing(mean=(0.5,), std=(0.5,), size=8)
+    return Teacher(graph=graph, variables=variables, preprocessing=preprocessing, arch="equal")
 
 
 def test_an_estimate_counts_images_optimised_from_noise(tmp_path):

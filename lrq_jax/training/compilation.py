@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -82,12 +83,15 @@ def compiled_in(seconds: float, program: Any) -> str:
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
     """Copies of host or device arrays on every device of the mesh, alike in all processes.
 
-    What one process holds goes by way of its host: of an array on one device `jax.device_put`
-    makes, among several processes, one that programs take but that cannot be saved (jax 0.10.2).
+    Among several processes what one holds alone must be equal in all, to the bit and without NaN,
+    and goes by way of the host: of an array on one device `jax.device_put` would make one that
+    programs take but that cannot be saved (jax 0.10.2).
     """
+    sharding = replicated(mesh)
 
     def put(x: Any) -> jax.Array:
-        held_by_several = isinstance(x, jax.Array) and not x.is_fully_addressable
-        return jax.device_put(x if held_by_several else np.asarray(x), replicated(mesh))
+        if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+            return jax.device_put(jnp.asarray(x), sharding)
+        return jax.device_put(np.asarray(x), sharding)
 
     return jax.tree.map(put, tree)

@@ -114,7 +114,8 @@ class TrainingLoop:
             if done:
                 say(f"resuming after step {done}")
                 state = checkpoints.restore(done, state, self._spec.mesh)
-            self._compile_helpers(state)
+            if done < phases(self._spec)[-1].stop:
+                self._compile_helpers(state)
             self._run.open_metrics(done)
             try:
                 for phase in phases(self._spec):
@@ -176,7 +177,7 @@ class TrainingLoop:
                 self._spec.student, state.student, pool.images, self._spec.method, key
             )
         state = state._replace(step=state.step + 1, student=student)
-        state = put_replicated(jax.device_get(state), self._spec.mesh)
+        state = put_replicated(state, self._spec.mesh)
         self._add_time(phase.name, clock)
         self._save(phase.name, phase.stop, state, checkpoints)
         return state
@@ -345,8 +346,9 @@ def _last_good(checkpoints: TrainingCheckpoints, run: RunDirectory) -> str:
 
 def _way_out(checkpoints: TrainingCheckpoints, run: RunDirectory) -> str:
     return (
-        f"{_last_good(checkpoints, run)}; lower method.student_learning_rate or "
-        "method.generator_learning_rate, or method.gradient_clip, and start with another --workdir"
+        f"{_last_good(checkpoints, run)}; lower method.student_learning_rate, "
+        "method.student_kernel_rate, method.generator_learning_rate or method.gradient_clip, and "
+        "start with another --workdir"
     )
 
 

@@ -120,7 +120,7 @@ def _reconstruct_block(spec: QuantSpec, block: Block, variables: Variables, imag
             pending.append(metrics)
             if done % _REPORT_EVERY == 0 or done == iterations:
                 found = jax.device_get(pending)
-                values = {name: float(np.mean([m[name] for m in found])) for name in metrics}
+                values = {term: float(np.mean([m[term] for m in found])) for term in metrics}
                 pending = []
                 if not all(map(np.isfinite, values.values())):
                     raise TrainingDiverged(
