@@ -14,7 +14,7 @@ with noise images it comes after all of these were made: it times synthesis.
 
 With `--phase` it is the first line of that phase, and what comes before is as short as a run can be: one
 step of warm-up and calibration together (of the generator, or on the pool), one batch of noise images
-of one iteration. So `--phase training` times importing, reading the teacher, compiling the calibration
+of one iteration, one iteration of each block's reconstruction. So `--phase training` times importing, reading the teacher, compiling the calibration
 step and the student's step, for `fast` the noise images' step as well, and one of each; compilation is
 nearly all of it.
 """
@@ -84,7 +84,7 @@ def shortest(phase: str | None) -> list[str]:
     before = int(phase == "warm-up")  # it is there only outside the calibration
     fields = {
         "warmup_steps": before + 1, "calibration_start": before, "calibration_steps": 1,
-        "noise_batches": 1, "noise_iterations": 1,
+        "noise_batches": 1, "noise_iterations": 1, "reconstruction_iterations": 1,
     }  # fmt: skip
     return [f"--config.method.{name}={value}" for name, value in fields.items()]
 

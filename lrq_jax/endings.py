@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 import jax
@@ -25,6 +29,7 @@ FULL = 5
 INTERRUPTED = 130
 """Exit code after Ctrl-C, a shell's own for it."""
 
+_REPEAT_SECONDS = 1.0
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -64,6 +69,7 @@ def run_command(program: str, command: Callable[[], int | None], *, resumes: boo
     Args:
       resumes: whether the same command goes on from where it was.
     """
+    stop_insisting = _insist_on_interrupts()
     try:
         raise SystemExit(command() or 0)
     except KeyboardInterrupt:
@@ -73,11 +79,44 @@ def run_command(program: str, command: Callable[[], int | None], *, resumes: boo
         if not (message := shortage(error)):
             raise
         code = FULL
+    finally:
+        stop_insisting()
     _tell(program, message)
     sys.stdout.flush()
     os._exit(
         code
     )  # an ordinary exit waits for threads that compute and for a job's other processes
+
+
+def _insist_on_interrupts() -> Callable[[], None]:
+    """Makes Ctrl-C raise every second from the first on, until what is returned is called.
+
+    A `KeyboardInterrupt` that comes while Python collects garbage or runs a `__del__` is reported
+    as ignored and lost; jax has a callback there.
+    """
+    handle = signal.getsignal(signal.SIGINT)
+    if not callable(handle) or threading.current_thread() is not threading.main_thread():
+        return lambda: None  # ignored, as in the background of a shell, or not ours to set
+    ended, main = threading.Event(), threading.get_ident()
+
+    def repeat() -> None:
+        if ended.wait(_REPEAT_SECONDS):
+            return
+        if hasattr(signal, "pthread_kill"):  # also wakes a main thread that sleeps or waits
+            signal.pthread_kill(main, signal.SIGINT)
+        else:
+            _thread.interrupt_main()
+
+    def handle_and_repeat(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=repeat, daemon=True).start()
+        handle(number, frame)
+
+    def stop() -> None:
+        ended.set()
+        signal.signal(signal.SIGINT, handle)
+
+    signal.signal(signal.SIGINT, handle_and_repeat)
+    return stop
 
 
 def _tell(program: str, message: str) -> None:

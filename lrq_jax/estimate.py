@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lrq_jax import losses
@@ -117,7 +118,7 @@ def _of_reconstruction(name: str, job: Job, student: Variables) -> PhaseEstimate
     for block in blocks_of(spec):
         shared, names = canonical(block)
         source, made = (
-            np.zeros((method.reconstruction_batch_size, *shapes[tensor]), np.float32)
+            jnp.zeros((method.reconstruction_batch_size, *shapes[tensor]))
             for tensor in (block.source, block.output)
         )
         key = (shared, source.shape)

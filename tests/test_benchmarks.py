@@ -359,8 +359,8 @@ def test_cold_start_reads_the_lines_that_runs_write(benchmark_module, tmp_path):
         ("lrq", "warm-up", [("warm-up", 1), ("calibration", 1)]),
         ("lrq", "training", [("calibration", 1)]),
         ("gdfq", "training", [("calibration", 1)]),
-        ("fast", "training", [("calibration", 1)]),
-        ("fast", "calibration", [("calibration", 1)]),
+        ("fast", "training", [("calibration", 1), ("reconstruction", 1)]),
+        ("fast", "calibration", [("calibration", 1), ("reconstruction", 1)]),
     ],
 )
 def test_cold_starts_phases_are_as_short_as_can_be(benchmark_module, monkeypatch, preset, phase, expected):  # fmt: skip
@@ -368,7 +368,7 @@ def test_cold_starts_phases_are_as_short_as_can_be(benchmark_module, monkeypatch
     method = method_of(module.command_of(preset, "digits", 8, phase, "run"), monkeypatch)
     found = [(part.name, part.stop - part.start) for part in phases(SimpleNamespace(method=method))]
     assert found == [*expected, ("training", method.steps)]
-    assert method.noise_batches == method.noise_iterations == 1
+    assert method.noise_batches == method.noise_iterations == method.reconstruction_iterations == 1
     assert (method.batch_size, method.images == "noise") == (8, preset == "fast")
 
 

@@ -23,7 +23,8 @@ SHORT = {
     "steps": 1, "method.warmup_steps": 1, "method.calibration_start": 0,
     "method.calibration_steps": 1, "method.batch_size": 2, "method.generator_width": 8,
     "method.attention": "none", "method.noise_batches": 1, "method.noise_batch_size": 2,
-    "method.noise_iterations": 1,
+    "method.noise_iterations": 1, "method.reconstruction_iterations": 1,
+    "method.reconstruction_batch_size": 2,
 }  # fmt: skip
 """Fields that are set behind a documented command's own, which stay."""
 
@@ -176,7 +177,8 @@ def test_bits_are_given_to_layers_as_it_is_written(clone):
     (line,) = documented(r"python scripts/allocate_bits\.py --")
     flag = run(line, clone).splitlines()[-1]
     assert flag.startswith("--config.student.overrides=")
-    said = run(f"python -m lrq_jax.main --workdir=runs/mixed --config.steps=0 {flag}", clone)
+    short = "--config.steps=0 --config.method.reconstruction_iterations=1"
+    said = run(f"python -m lrq_jax.main --workdir=runs/mixed {short} {flag}", clone)
     assert "resnet8_cifar" in said
     layers = json.loads((clone / "runs" / "mixed" / "report.json").read_text())["layers"]
     found = {layer["layer"]: layer["weight_bits"] for layer in layers}

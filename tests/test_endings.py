@@ -131,6 +131,44 @@ def test_ctrl_c_ends_a_run_in_one_line_and_the_same_command_resumes(tmp_path):
     assert len([line for line in seen if line.startswith("resuming")]) == 1, seen
 
 
+SWALLOWING = """
+import signal, time
+from lrq_jax.endings import run_command
+
+class Garbage:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def command():
+    Garbage()  # Python says: exception ignored
+    print("goes on", flush=True)
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run_command("lrq_jax", command)
+"""
+
+
+def test_a_ctrl_c_that_comes_while_garbage_is_collected_is_not_lost():
+    result = subprocess.run(
+        [sys.executable, "-c", SWALLOWING], text=True, capture_output=True, timeout=50, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert result.returncode == endings.INTERRUPTED, result.stderr
+    assert result.stdout == "goes on\n"
+    assert "Exception ignored" in result.stderr
+    assert result.stderr.splitlines()[-1] == "lrq_jax: interrupted"
+
+
+def test_a_command_leaves_ctrl_c_as_it_was(ended):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        endings.run_command("lrq_jax", lambda: 0)
+    with pytest.raises(Ended):
+        endings.run_command("lrq_jax", raising(KeyboardInterrupt()))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize(
     ("run", "arguments", "words"),
     [
