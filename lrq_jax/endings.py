@@ -5,11 +5,9 @@ from __future__ import annotations
 import _thread
 import errno
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import NoReturn
 
 import jax
@@ -29,7 +27,6 @@ FULL = 5
 INTERRUPTED = 130
 """Exit code after Ctrl-C, a shell's own for it."""
 
-_REPEAT_SECONDS = 1.0
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -89,33 +86,26 @@ def run_command(program: str, command: Callable[[], int | None], *, resumes: boo
 
 
 def _insist_on_interrupts() -> Callable[[], None]:
-    """Makes Ctrl-C raise every second from the first on, until what is returned is called.
+    """Raises a Ctrl-C again that was lost, until what is returned is called.
 
     A `KeyboardInterrupt` that comes while Python collects garbage or runs a `__del__` is reported
-    as ignored and lost; jax has a callback there.
+    as ignored, and the program goes on; jax has a callback there.
     """
-    handle = signal.getsignal(signal.SIGINT)
-    if not callable(handle) or threading.current_thread() is not threading.main_thread():
-        return lambda: None  # ignored, as in the background of a shell, or not ours to set
-    ended, main = threading.Event(), threading.get_ident()
+    report = sys.unraisablehook
 
-    def repeat() -> None:
-        if ended.wait(_REPEAT_SECONDS):
-            return
-        if hasattr(signal, "pthread_kill"):  # also wakes a main thread that sleeps or waits
-            signal.pthread_kill(main, signal.SIGINT)
+    def interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            # later: here it would come inside this very function, and be lost again
+            again = threading.Timer(0.1, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
         else:
-            _thread.interrupt_main()
-
-    def handle_and_repeat(number: int, frame: FrameType | None) -> None:
-        threading.Thread(target=repeat, daemon=True).start()
-        handle(number, frame)
+            report(lost)
 
     def stop() -> None:
-        ended.set()
-        signal.signal(signal.SIGINT, handle)
+        sys.unraisablehook = report
 
-    signal.signal(signal.SIGINT, handle_and_repeat)
+    sys.unraisablehook = interrupt_again
     return stop
 
 
