@@ -14,9 +14,9 @@ with noise images it comes after all of these were made: it times synthesis.
 
 With `--phase` it is the first line of that phase, and what comes before is as short as a run can be: one
 step of warm-up and calibration together (of the generator, or on the pool), one batch of noise images
-of one iteration, one iteration of each block's reconstruction. So `--phase training` times importing, reading the teacher, compiling the calibration
-step and the student's step, for `fast` the noise images' step as well, and one of each; compilation is
-nearly all of it.
+of one iteration, one iteration of each block's reconstruction. So `--phase training` times importing,
+reading the teacher, compiling the calibration step and the student's step, for `fast` the noise images'
+step and those of its blocks as well, and one of each; compilation is nearly all of it.
 """
 
 from __future__ import annotations

@@ -455,9 +455,8 @@ def test_kernels_move_by_their_rate_in_quantization_steps(quantized):
         gets_a_gradient = moved > 0
         assert gets_a_gradient.mean() > 0.3, operation.layer.name
         assert np.median(moved[gets_a_gradient]) == pytest.approx(0.02, rel=1e-3)
-        assert (
-            moved.max() < 0.0201
-        )  # and less where a gradient is hardly larger than Adam's epsilon
+        # and less where a gradient is hardly larger than Adam's epsilon
+        assert moved.max() < 0.0201
     bias = np.abs(
         np.subtract(*(s.student["params"]["classifier"]["bias"] for s in (before, after)))
     )
