@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import errno
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -66,9 +67,9 @@ def run_command(program: str, command: Callable[[], int | None], *, resumes: boo
     Args:
       resumes: whether the same command goes on from where it was.
     """
-    stop_insisting = _insist_on_interrupts()
     try:
-        raise SystemExit(command() or 0)
+        with _lost_interrupts_raised_again():
+            raise SystemExit(command() or 0)
     except KeyboardInterrupt:
         rest = "; the same command goes on from what it had saved" if resumes else ""
         message, code = f"interrupted{rest}", INTERRUPTED
@@ -76,8 +77,6 @@ def run_command(program: str, command: Callable[[], int | None], *, resumes: boo
         if not (message := shortage(error)):
             raise
         code = FULL
-    finally:
-        stop_insisting()
     _tell(program, message)
     sys.stdout.flush()
     os._exit(
@@ -85,8 +84,9 @@ def run_command(program: str, command: Callable[[], int | None], *, resumes: boo
     )  # an ordinary exit waits for threads that compute and for a job's other processes
 
 
-def _insist_on_interrupts() -> Callable[[], None]:
-    """Raises a Ctrl-C again that was lost, until what is returned is called.
+@contextlib.contextmanager
+def _lost_interrupts_raised_again() -> Iterator[None]:
+    """In here a Ctrl-C is not lost.
 
     A `KeyboardInterrupt` that comes while Python collects garbage or runs a `__del__` is reported
     as ignored, and the program goes on; jax has a callback there.
@@ -102,11 +102,11 @@ def _insist_on_interrupts() -> Callable[[], None]:
         else:
             report(lost)
 
-    def stop() -> None:
-        sys.unraisablehook = report
-
     sys.unraisablehook = interrupt_again
-    return stop
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 def _tell(program: str, message: str) -> None:
