@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -16,9 +17,11 @@ from lrq_jax.ops.by_platform import by_platform, platform_form, traced_once, tra
 from lrq_jax.ops.convolution import conv2d, integer_conv2d, integer_dense
 from lrq_jax.ops.depthwise import depthwise_conv
 from lrq_jax.ops.division import divide
+from lrq_jax.ops.divisors import shares_of
 from lrq_jax.ops.products import product_of_windows
 from lrq_jax.ops.straight_through import clip_inclusive, round_through, straight_through
 from lrq_jax.ops.upsample import upsample_conv3x3, upsample_nearest
+from lrq_jax.sharding import data_mesh
 
 NO_PADDING = ((0, 0), (0, 0))
 FAST = {"xla_backend_optimization_level": 0}  # these programs run once: compiling them is the cost
@@ -338,8 +341,46 @@ def test_the_kernel_gradient_of_the_cpu_is_the_plain_one(case, features, parts, 
     [(64, 2**21, 8), (64, 2**19, 1), (200, 200 * 2**15, 10), (60, 60 * 2**15, 6), (127, 2**22, 1),
      (8, 8 * 2**19, 8), (32, 2**24, 16), (0, 0, 1)],
 )  # fmt: skip
-def test_a_gradient_has_few_parts_whatever_the_batch(batch, values, parts):
+def test_a_gradient_has_few_parts_whatever_the_batch(batch, values, parts, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert kernel_gradient._number_of_parts(batch, values) == parts
+
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "shares"), [(64, 8, 8), (12, 8, 4), (7, 8, 1), (200, 3, 1), (5, 1, 1)]
+)
+def test_shares_of_a_batch_lie_on_one_device_each(batch, devices, shares, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert shares_of(batch) == shares
+
+
+def _gradient_in_parts(x, grad):
+    return kernel_gradient._by_parts(
+        x, jnp.zeros((3, 3, 6, 6)), grad, (1, 1), ((1, 1), (1, 1)), (1, 1), 1
+    )
+
+
+def _depthwise_gradient_in_parts(x, grad):
+    return depthwise._kernel_gradient(x, (3, 3, 1, 6), grad, (1, 1), ((1, 1), (1, 1)), (1, 1))
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("gradient", [_gradient_in_parts, _depthwise_gradient_in_parts])
+def test_devices_keep_their_images_when_a_gradient_is_summed_in_parts(
+    gradient, devices, rng, monkeypatch
+):
+    """They add up sums; a part that took images of one device alone would be sent to the others."""
+    monkeypatch.setattr(kernel_gradient, "WHOLE_VALUES", 0)
+    monkeypatch.setattr(kernel_gradient, "CACHED_VALUES", 64)
+    monkeypatch.setattr(depthwise, "CACHED_VALUES", 64)
+    arrays = _normal(rng, 16, 4, 4, 6), _normal(rng, 16, 4, 4, 6)
+    expected = jax.jit(gradient)(*arrays)
+    sharding = jax.NamedSharding(data_mesh(devices), jax.P("data"))
+    split = [jax.device_put(array, sharding) for array in arrays]
+    program = jax.jit(gradient).lower(*split).compile()
+    found = set(re.findall(r"all-reduce|all-gather|all-to-all|collective-permute", program.as_text()))
+    assert found == {"all-reduce"}
+    np.testing.assert_allclose(program(*split), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda", "tpu"])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lrq_jax.ops.by_platform import platform_form
-from lrq_jax.ops.divisors import largest_divisor
+from lrq_jax.ops.divisors import largest_divisor, shares_of
 
 CACHED_VALUES = 2**18
 """Of each of two arrays that are multiplied again and again: 1 MiB each."""
@@ -199,13 +199,15 @@ def _kernel_gradient(x: jax.Array, kernel_shape: tuple[int, ...], grad: jax.Arra
     than offset by offset over the whole.
     """
     batch, height, width, channels = grad.shape
-    images = largest_divisor(batch, CACHED_VALUES // (height * width * channels))
-    rows = largest_divisor(height, CACHED_VALUES // (images * width * channels))
+    shares = shares_of(batch)
+    share = largest_divisor(batch // shares, CACHED_VALUES // (height * width * channels))
+    rows = largest_divisor(height, CACHED_VALUES // (share * width * channels))
+    images = shares * share
     # Every n-th image is in one part: of a batch split over devices each holds some of all parts.
     padded = _pad(x, padding)
     padded = padded.reshape(images, batch // images, *padded.shape[1:])
     grad = grad.reshape(images, batch // images, height, width, channels)
-    ones = jnp.ones((1, images * rows * width), grad.dtype)
+    ones = jnp.ones((shares, share * rows * width), grad.dtype)
     extent = ((rows - 1) * strides[0] + 1, (width - 1) * strides[1] + 1)
 
     def tap(place: jax.Array) -> jax.Array:
@@ -214,7 +216,8 @@ def _kernel_gradient(x: jax.Array, kernel_shape: tuple[int, ...], grad: jax.Arra
         window = lax.dynamic_slice(padded, start, (images, 1, *extent, channels))
         shifted = window[:, :, :: strides[0], :: strides[1]]
         part = lax.dynamic_slice(grad, (0, number, top, 0, 0), (images, 1, rows, width, channels))
-        return jnp.dot(ones, (shifted * part).reshape(-1, channels))[0]
+        products = (shifted * part).reshape(shares, -1, channels)
+        return jnp.einsum("sn,snc->sc", ones, products)
 
     offsets = _offsets(kernel_shape)
     places = [
@@ -223,8 +226,8 @@ def _kernel_gradient(x: jax.Array, kernel_shape: tuple[int, ...], grad: jax.Arra
         for top in range(0, height, rows)
         for i, j in offsets
     ]
-    taps = lax.map(tap, jnp.asarray(places)).reshape(-1, len(offsets), channels)
-    return taps.sum(0).reshape(*kernel_shape[:2], 1, channels)
+    taps = lax.map(tap, jnp.asarray(places)).reshape(-1, len(offsets), shares, channels)
+    return taps.sum((0, 2)).reshape(*kernel_shape[:2], 1, channels)
 
 
 depthwise_conv.defvjp(_forward, _backward)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lrq_jax.ops.by_platform import platform_form, traced_once
-from lrq_jax.ops.divisors import largest_divisor
+from lrq_jax.ops.divisors import largest_divisor, shares_of
 
 CACHED_VALUES = 2**18
 """Of the images and the gradients of a part: 1 MiB."""
@@ -128,7 +128,10 @@ def _by_parts(x: jax.Array, kernel: jax.Array, grad: jax.Array, strides: Pair, p
 
 
 def _number_of_parts(batch: int, values: int) -> int:
-    """A divisor of the batch: near one part for each `CACHED_VALUES` and each `IMAGES`."""
+    """A divisor of what one device holds: near one part for each `CACHED_VALUES` and each `IMAGES`
+    of it."""
+    shares = shares_of(batch)
+    batch, values = batch // shares, values // shares
     if values < WHOLE_VALUES:
         return 1
     wanted = max(-(-values // CACHED_VALUES), -(-batch // IMAGES))
