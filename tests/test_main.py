@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -286,6 +288,29 @@ def test_another_config_is_refused_by_field(finished, cache):
     assert "student.weight_bits: 4 -> 3" in result.stderr
     assert "batch_size" not in result.stderr
     assert (cwd / "run" / "config.json").read_bytes() == before
+
+
+def test_huge_pages_change_no_number(cache, tmp_path, monkeypatch):
+    """Where the system gives none on request, both runs are alike anyway."""
+    made = {}
+    for wanted in ("0", "1"):
+        monkeypatch.setenv("GLIBC_TUNABLES", f"glibc.malloc.hugetlb={wanted}")
+        cwd = tmp_path / wanted
+        cwd.mkdir()
+        result = start(cache, cwd, "--workdir=run", *TINY, "--config.log_every=1")
+        assert result.returncode == 0, result.stderr
+        lines = (cwd / "run" / "metrics.jsonl").read_text().splitlines()
+        losses = [
+            {name: value for name, value in json.loads(line).items() if "/" in name}
+            for line in lines
+        ]
+        _, frozen, _ = load_student(cwd / "run" / "student")
+        made[wanted] = losses, frozen
+    (losses, frozen), (same_losses, same_frozen) = made.values()
+    assert len(losses) == 3
+    assert any("generator/bns" in line for line in losses)
+    assert losses == same_losses
+    jax.tree.map(np.testing.assert_array_equal, frozen, same_frozen)
 
 
 def test_no_training_and_no_data_still_reports_and_says_so(cache, tmp_path):

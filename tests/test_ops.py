@@ -378,7 +378,9 @@ def test_devices_keep_their_images_when_a_gradient_is_summed_in_parts(
     sharding = jax.NamedSharding(data_mesh(devices), jax.P("data"))
     split = [jax.device_put(array, sharding) for array in arrays]
     program = jax.jit(gradient).lower(*split).compile()
-    found = set(re.findall(r"all-reduce|all-gather|all-to-all|collective-permute", program.as_text()))
+    found = set(
+        re.findall(r"all-reduce|all-gather|all-to-all|collective-permute", program.as_text())
+    )
     assert found == {"all-reduce"}
     np.testing.assert_allclose(program(*split), expected, rtol=1e-5, atol=1e-5)
 

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import itertools
+from collections import Counter
 
 import jax
+import jax.extend
 import numpy as np
 import pytest
 from small_networks import random_variables
@@ -114,6 +116,32 @@ def compiled_steps(settings, functions, devices):
         state, metrics = programs[function](state, variables)
         history.append({name: float(value[0]) for name, value in metrics.items()})
     return history, programs[functions[-1]].as_text()
+
+
+def _rounded_shapes(jaxpr):
+    """Shapes of all that a program rounds, programs inside it included."""
+    shapes = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "round":
+            shapes.append(equation.outvars[0].aval.shape)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            shapes += _rounded_shapes(inner)
+    return shapes
+
+
+@pytest.mark.parametrize("placement", ["integer", "paper"])
+@pytest.mark.parametrize("step", [steps.joint_step, steps.calibration_step])
+def test_a_step_quantizes_each_kernel_once(step, placement):
+    """Whatever the losses read of it, forward and backward."""
+    settings = tiny_settings()
+    student = dataclasses.replace(settings.student, placement=placement)
+    spec = step_spec(TEACHER, dataclasses.replace(settings, student=student), None)
+    state = jax.eval_shape(functools.partial(steps.initial_state, spec, seed=0), TEACHER.variables)
+    program = jax.make_jaxpr(functools.partial(step, spec=spec))(state, TEACHER.variables)
+    found = Counter(shape for shape in _rounded_shapes(program.jaxpr) if len(shape) > 1)
+    for layer, count in (("conv0", 1), ("conv1", 2), ("classifier", 1)):
+        kernel = TEACHER.variables["params"][layer]["kernel"].shape
+        assert found[kernel] == count
 
 
 def test_each_step_updates_what_it_should_and_nothing_else():
