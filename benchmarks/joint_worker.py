@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -252,11 +253,27 @@ def _record_first_steps(exchange: Path, spec: Any, teacher: Any, program: Any, s
 # --- the twin ------------------------------------------------------------------------------------
 
 
+def torch_flops(function: Callable[[], Any]) -> int:
+    """Floating-point operations of convolutions and matrix products that torch executes, forward and
+    backward. Its own counter takes the kernel gradient of a grouped convolution for a dense one's."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def backward(grad: list[int], x: list[int], kernel: list[int], *rest: Any, **_: Any) -> int:
+        transposed, (to_x, to_kernel, _) = rest[4], rest[7]
+        pixels = math.prod((x if transposed else grad)[2:])
+        return 2 * grad[0] * pixels * math.prod(kernel) * (to_x + to_kernel)
+
+    mapping = {torch.ops.aten.convolution_backward: backward}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 def torch_side(case: Case, exchange: Path, *, compiled: bool = False) -> Side:
     """Parts of the twin: eager, in the memory layout that is faster for it; or compiled, of which
     there are whole steps alone."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
     from torch_twin import Twin
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -299,9 +316,7 @@ def torch_side(case: Case, exchange: Path, *, compiled: bool = False) -> Side:
             compile_seconds = time.monotonic() - clock
     flops = None
     if not compiled:
-        with FlopCounterMode(display=False) as counter:
-            twin.joint_step()
-        flops = counter.get_total_flops()
+        flops = torch_flops(twin.joint_step)
     run = {"joint": twin.joint_step, "generator": twin.generator_step}
     parts: dict[str, Callable[[], Any]] = {
         name: lambda name=name: [run[name]() for _ in range(case.steps)] for name in STEPS

@@ -1,14 +1,16 @@
-"""Writes the pages of the docs that are made from code and logs.
+"""Writes the pages of the docs, and the part of the README, that are made from code and logs.
 
     python scripts/make_docs.py
 
-`docs/configuration.md` from the config's fields, `docs/results.md` from `results/*.jsonl`. A test
-fails where they are not current.
+`docs/configuration.md` from the config's fields, `docs/results.md` and the README's table of preset
+`fast` from `results/*.jsonl`. A test fails where they are not current.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +77,64 @@ def _command(row: dict[str, Any]) -> str:
     return " ".join([row["command"], *flags])
 
 
+TEACHERS = {
+    "akamaster": "ResNet-20, CIFAR-10 (akamaster's, 91.73 %)",
+    "forge": "ResNet-20, CIFAR-10 (another, 92.13 %)",
+    "forge100": "ResNet-20, CIFAR-100 (68.17 %)",
+    "mbv2_forge": "MobileNetV2 x0.5, CIFAR-10 (91.74 %)",
+}
+"""Label of `run_experiments.py --suite fast` -> the README's row."""
+CELLS = ("U W5A5", "U W4A4", "U W3A3", "R W4A4", "R W3A3", "R W2A4")
+RECIPES = {"": "", ", rounded to the nearest": "†", ", white noise": "*"}
+"""What the name of a run ends in -> the mark of its figure, today's recipe first."""
+
+
+def drops_of_fast() -> str:
+    """Drops of preset `fast`, a row a teacher: of today's recipe, else of the newest there is."""
+    lines = ["| teacher | " + " | ".join(CELLS) + " |", "|---" * (1 + len(CELLS)) + "|"]
+    for label, teacher in TEACHERS.items():
+        log = REPOSITORY / "results" / f"fast_{label}.jsonl"
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        drops = {row["cell"]: row["drop"] for row in rows}
+        lines.append(f"| {teacher} | " + " | ".join(_drop(cell, drops) for cell in CELLS) + " |")
+    return "\n".join(lines)
+
+
+def _drop(cell: str, drops: dict[str, float]) -> str:
+    """Mean and standard deviation of three seeds and more, else each with its seed."""
+    for suffix, mark in RECIPES.items():
+        pattern = re.compile(rf"{re.escape(cell)} seed (\d+){re.escape(suffix)}")
+        found = {int(m[1]): drop for name, drop in drops.items() if (m := pattern.fullmatch(name))}
+        if len(found) > 2:
+            mean, spread = statistics.mean(found.values()), statistics.stdev(found.values())
+            return f"{mean:.2f} +- {spread:.2f} ({len(found)} seeds){mark}"
+        if found:
+            return ", ".join(
+                f"{drop:.2f}{mark}" + (f" (seed {seed})" if seed or len(found) > 1 else "")
+                for seed, drop in sorted(found.items())
+            )
+    return ""
+
+
+BEGINS, ENDS = "<!-- made by scripts/make_docs.py -->\n", "\n<!-- end -->"
+
+
+def readme() -> str:
+    """The README as it is, its made part made again."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    before, rest = text.split(BEGINS)
+    return before + BEGINS + "\n" + drops_of_fast() + "\n" + ENDS + rest.split(ENDS, 1)[1]
+
+
 PAGES = {"configuration.md": markdown, "results.md": results_page}
 """Page -> what makes it."""
 
 
 def main() -> None:
-    """Writes the pages."""
+    """Writes the pages and the README."""
     for name, make in PAGES.items():
         (REPOSITORY / "docs" / name).write_text(make(), encoding="utf-8")
+    (REPOSITORY / "README.md").write_text(readme(), encoding="utf-8")
 
 
 if __name__ == "__main__":

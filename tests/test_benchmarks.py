@@ -291,6 +291,25 @@ def test_the_twin_makes_our_step(twin, benchmark_module, monkeypatch, tmp_path):
     assert 0.1 < ours["flops"] / theirs["flops"] < 1
 
 
+@pytest.mark.parametrize(
+    ("features", "groups", "stride"), [(6, 6, 1), (4, 1, 2), (4, 2, 1)],
+    ids=["depthwise", "strided", "grouped"],
+)  # fmt: skip
+def test_torchs_operations_are_counted_forward_and_backward(
+    features, groups, stride, benchmark_module
+):
+    torch = pytest.importorskip("torch")
+    images = torch.ones(2, 6, 8, 8, requires_grad=True)
+    kernel = torch.ones(features, 6 // groups, 3, 3, requires_grad=True)
+
+    def step():
+        convolve = torch.nn.functional.conv2d
+        convolve(images, kernel, stride=stride, padding=1, groups=groups).sum().backward()
+
+    once = 2 * 2 * features * (8 // stride) ** 2 * (6 // groups) * 3 * 3
+    assert benchmark_module("joint_worker").torch_flops(step) == 3 * once
+
+
 # --- from a command to a step --------------------------------------------------------------------
 
 

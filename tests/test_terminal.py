@@ -125,6 +125,24 @@ def test_the_configuration_reference_and_results_are_current():
     for name, make in made["PAGES"].items():
         page = (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
         assert page == make(), f"docs/{name}: run python scripts/make_docs.py"
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert text == made["readme"](), "README.md: run python scripts/make_docs.py"
+
+
+def test_a_table_of_drops_prefers_todays_recipe_and_names_lone_seeds():
+    drop = runpy.run_path(str(REPOSITORY / "scripts" / "make_docs.py"))["_drop"]
+    drops = {
+        "U W4A4 seed 0": 1.0, "U W4A4 seed 1": 2.0, "U W4A4 seed 2": 3.0,
+        "U W4A4 seed 0, rounded to the nearest": 9.0, "U W4A4 seed 3, rate 5e-4": 9.0,
+        "U W3A3 seed 1": 4.0, "U W5A5 seed 0": 0.5,
+        "R W4A4 seed 0, white noise": 0.25, "R W3A3 seed 0": 1.0, "R W3A3 seed 1": 2.0,
+    }  # fmt: skip
+    assert drop("U W4A4", drops) == "2.00 +- 1.00 (3 seeds)"
+    assert drop("U W3A3", drops) == "4.00 (seed 1)"
+    assert drop("U W5A5", drops) == "0.50"
+    assert drop("R W4A4", drops) == "0.25*"
+    assert drop("R W3A3", drops) == "1.00 (seed 0), 2.00 (seed 1)"
+    assert drop("R W2A4", drops) == ""
 
 
 # --- estimates, hints, colours -------------------------------------------------------------------
