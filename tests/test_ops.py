@@ -21,7 +21,7 @@ from lrq_jax.ops.divisors import shares_of
 from lrq_jax.ops.products import product_of_windows
 from lrq_jax.ops.straight_through import clip_inclusive, round_through, straight_through
 from lrq_jax.ops.upsample import upsample_conv3x3, upsample_nearest
-from lrq_jax.sharding import data_mesh
+from lrq_jax.sharding import data_mesh, split_batch
 
 NO_PADDING = ((0, 0), (0, 0))
 FAST = {"xla_backend_optimization_level": 0}  # these programs run once: compiling them is the cost
@@ -376,8 +376,7 @@ def test_devices_keep_their_images_when_a_gradient_is_summed_in_parts(
     monkeypatch.setattr(depthwise, "CACHED_VALUES", 64)
     arrays = _normal(rng, 16, 4, 4, 6), _normal(rng, 16, 4, 4, 6)
     expected = jax.jit(gradient)(*arrays)
-    sharding = jax.NamedSharding(data_mesh(devices), jax.P("data"))
-    split = [jax.device_put(array, sharding) for array in arrays]
+    split = [jax.device_put(array, split_batch(data_mesh(devices))) for array in arrays]
     program = jax.jit(gradient).lower(*split).compile()
     found = set(
         re.findall(r"all-reduce|all-gather|all-to-all|collective-permute", program.as_text())
