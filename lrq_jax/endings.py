@@ -49,8 +49,9 @@ def shortage(error: BaseException) -> str:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         return (
             f"out of memory on {jax.default_backend()} ({reason[:200]}): smaller batches need "
-            "less, --config.method.batch_size and --config.method.noise_batch_size, or "
-            "--config.micro_batches=4 and --config.rematerialize=elementwise, "
+            "less, --config.method.batch_size, --config.method.noise_batch_size and "
+            "--config.method.reconstruction_batch_size, or --config.rematerialize=elementwise, in "
+            "the student's training --config.micro_batches=4, "
             "in a new --workdir; --estimate says how much a run takes"
         )
     # orbax and tensorstore wrap what the system said

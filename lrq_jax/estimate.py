@@ -18,6 +18,7 @@ from lrq_jax.training import noise_steps, steps
 from lrq_jax.training.compilation import (
     StepFunction,
     compile_step,
+    iterations_per_call,
     program_bytes,
     put_replicated,
     steps_per_dispatch,
@@ -25,9 +26,9 @@ from lrq_jax.training.compilation import (
 from lrq_jax.training.loop import dispatches, phases
 from lrq_jax.training.reconstruction import (
     BlockImages,
-    compile_reconstruction,
     initial_block,
     reconstructed,
+    reconstruction_step,
 )
 
 _CALLS = 3
@@ -112,10 +113,13 @@ def _of_images(job: Job, variables: Variables) -> PhaseEstimate:
 
 def _of_reconstruction(name: str, job: Job, student: Variables) -> PhaseEstimate:
     """All iterations of all blocks; what they read and must make is zeros."""
-    spec, method, shapes = job.spec.student, job.spec.method, job.spec.graph.shapes
+    method, shapes, mesh = job.spec.method, job.spec.graph.shapes, job.spec.mesh
+    assert mesh is not None  # `prepare` makes one
+    most = steps_per_dispatch(job.settings.steps_per_dispatch, mesh)
+    count = iterations_per_call(method.reconstruction_iterations, most)
     timed: dict[tuple[Any, ...], dict[str, Any]] = {}
     seconds = []
-    for block in blocks_of(spec):
+    for block in blocks_of(job.spec.student):
         shared, names = canonical(block)
         source, made = (
             jnp.zeros((method.reconstruction_batch_size, *shapes[tensor]))
@@ -124,13 +128,13 @@ def _of_reconstruction(name: str, job: Job, student: Variables) -> PhaseEstimate
         key = (shared, source.shape)
         if key not in timed:
             own = variables_of(student, names)
-            state = initial_block(spec.spec, shared, own, method)
-            arguments = own, BlockImages(source, source, made), jax.random.key(0)
-            clock = time.monotonic()
-            program = compile_reconstruction(
-                state, *arguments, spec=spec.spec, block=shared, method=method
+            state = initial_block(job.spec, shared, own, jax.random.key(0))
+            state, *arguments = put_replicated(
+                (state, own, BlockImages(source, source, made)), mesh
             )
-            timed[key] = _timed(program, time.monotonic() - clock, state, arguments, count=1)
+            timed[key] = _compiled_and_timed(
+                reconstruction_step, state, *arguments, job=job, count=count, block=shared
+            )
             if timed[key]["bytes"] is not None:  # a block's program takes the whole pool
                 held = (2 * source.nbytes + made.nbytes) // len(source)
                 timed[key]["bytes"] += held * (_pool_size(job) - len(source))
@@ -145,10 +149,13 @@ def _of_reconstruction(name: str, job: Job, student: Variables) -> PhaseEstimate
     )
 
 
-def _compiled_and_timed(step: StepFunction, state: Any, *arguments: Any, job: Job, count: int) -> dict[str, Any]:  # fmt: skip
+def _compiled_and_timed(step: StepFunction, state: Any, *arguments: Any, job: Job, count: int,
+                        **static: Any) -> dict[str, Any]:  # fmt: skip
     """`_timed` of `count` steps in one program, compiled here."""
     clock = time.monotonic()
-    program = compile_step(step, state, *arguments, mesh=job.spec.mesh, count=count, spec=job.spec)
+    program = compile_step(
+        step, state, *arguments, mesh=job.spec.mesh, count=count, spec=job.spec, **static
+    )
     return _timed(program, time.monotonic() - clock, state, arguments, count=count)
 
 

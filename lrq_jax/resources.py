@@ -32,8 +32,8 @@ class Resources:
     Attributes:
       precision: `float32`; `tf32`; or `bfloat16` images, teacher and generator. See `PRECISIONS`.
       micro_batches: parts the student's batch is cut into, one after another, their gradients
-        added up. The generator's batch stays whole: its norms and the statistics it is trained on
-        are those of the batch.
+        added up. The generator's batch and that of noise images stay whole: norms and the
+        statistics they are trained on are those of the batch; a block's, in reconstruction, is small.
       rematerialize: `elementwise` keeps only the outputs of convolutions and matrix products for
         the backward pass and computes what lies between them again; `none` keeps everything.
 

@@ -29,6 +29,7 @@ from lrq_jax.training import loop, noise_pool, reconstruction
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.loop import TrainingLoop
+from lrq_jax.training.reconstruction import reconstruction_step
 from lrq_jax.writers.codes import load_student
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
@@ -310,18 +311,21 @@ def test_several_steps_a_dispatch_log_and_save_what_single_ones_do(teacher, tmp_
 def compiled_between_steps(monkeypatch):
     """By the step's name, the programs compiled from the first call of a phase to its last, with all
     that is logged, saved and drawn between. A step that is compiled ahead of time has none to
-    compile in its first call; that of reconstruction is in the first call of each block."""
+    compile in its first call; that of reconstruction is called for one block after another, and what is
+    compiled between two of them is not counted."""
     found = {}
 
     def watching(real):
         def compile_and_watch(step, *arguments, **options):
-            program, start = real(step, *arguments, **options), []
+            program, before = real(step, *arguments, **options), []
 
-            def call(*arguments):
-                start.append(len(names))
-                result = program(*arguments)
-                if len(start) > 1:
-                    found[step.__name__] = names[start[0] :]
+            def call(state, *arguments):
+                if step is reconstruction_step and jax.device_get(state.step) == 0:
+                    before.clear()
+                before.append(len(names))
+                result = program(state, *arguments)
+                if len(before) > 1:
+                    found.setdefault(step.__name__, []).extend(names[before[-2] :])
                 return result
 
             call.memory_analysis = program.memory_analysis
@@ -329,19 +333,8 @@ def compiled_between_steps(monkeypatch):
 
         return compile_and_watch
 
-    real_step, before = reconstruction._compiled_step, []
-
-    def reconstruction_step(state, *arguments, **options):
-        first = int(state.step) == 0
-        result = real_step(state, *arguments, **options)
-        if not first:
-            found.setdefault("reconstruction_step", []).extend(names[before[-1] :])
-        before.append(len(names))
-        return result
-
-    for module in (loop, noise_pool):
+    for module in (loop, noise_pool, reconstruction):
         monkeypatch.setattr(module, "compile_step", watching(module.compile_step))
-    monkeypatch.setattr(reconstruction, "_compiled_step", reconstruction_step)
     with compiled_programs() as names:
         yield found
 

@@ -8,7 +8,7 @@ from lrq_jax.console import audience
 from lrq_jax.quantize import step_spec
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training import noise_pool
-from lrq_jax.training.compilation import put_replicated
+from lrq_jax.training.compilation import iterations_per_call, put_replicated
 from lrq_jax.training.errors import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -61,4 +61,4 @@ def test_a_divergence_inside_a_call_names_its_iteration(tmp_path):
     [(125, 20, 5), (250, 20, 10), (4000, 50, 50), (1000, 1, 1), (7, 5, 1), (3, 20, 3)],
 )
 def test_every_call_runs_equally_many_iterations(iterations, most, count):
-    assert noise_pool._iterations_per_call(iterations, most) == count
+    assert iterations_per_call(iterations, most) == count

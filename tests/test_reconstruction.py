@@ -26,9 +26,12 @@ from lrq_jax.passes.kernels import kernel_parameters
 from lrq_jax.presets import preset
 from lrq_jax.quantizers import adaround
 from lrq_jax.quantizers.affine import quantize_weight, weight_parameters
+from lrq_jax.resources import Resources
+from lrq_jax.sharding import data_mesh, replicated
 from lrq_jax.synthesis.generator import GeneratorSpec
 from lrq_jax.training import reconstruction
-from lrq_jax.training.reconstruction import reconstructed
+from lrq_jax.training.compilation import compile_step, put_replicated
+from lrq_jax.training.reconstruction import reconstructed, reconstruction_step
 from lrq_jax.training.spec import StepSpec
 from lrq_jax.training.steps import initial_state
 
@@ -147,25 +150,37 @@ def one_block():
     return net.build()
 
 
+def spec_of(student, devices=1, **method):
+    return StepSpec(
+        student=student,
+        generator=GeneratorSpec(image_shape=(8, 8, 3), num_classes=5),
+        method=dataclasses.replace(METHOD, **method),
+        mesh=data_mesh(devices),
+    )
+
+
+def calibrated(build, images):
+    student, x = student_of(build), random_images(2, batch=images)
+    before = student.initial_variables(random_variables(student.graph))
+    _, before = jax.jit(lambda v, x: calibrate(student, v, x))(before, x)
+    return student, before, x
+
+
 @pytest.fixture(scope="module")
 def rebuilt():
     """A calibrated student before and after, with its images."""
-    student, x = student_of(one_block), random_images(2, batch=64)
-    before = student.initial_variables(random_variables(student.graph))
-    _, before = jax.jit(lambda v, x: calibrate(student, v, x))(before, x)
-    return student, before, reconstructed(student, before, x, METHOD, jax.random.key(0)), x
+    student, before, x = calibrated(one_block, 64)
+    return student, before, reconstructed(spec_of(student), before, x, jax.random.key(0)), x
 
 
 def test_blocks_alike_share_their_programs_and_nothing_changes(monkeypatch):
     """Four blocks of three kinds, under common names and under their own."""
-    method = dataclasses.replace(METHOD, reconstruction_iterations=3, reconstruction_step_rate=0.1)
-    student, x = student_of(functools.partial(alike, 2)), random_images(2, batch=32)
-    before = student.initial_variables(random_variables(student.graph))
-    _, before = jax.jit(lambda v, x: calibrate(student, v, x))(before, x)
+    student, before, x = calibrated(functools.partial(alike, 2), 32)
+    spec = spec_of(student, reconstruction_iterations=3, reconstruction_step_rate=0.1)
 
     def run():
         with compiled_programs() as names:
-            made = reconstructed(student, before, x, method, jax.random.key(0))
+            made = reconstructed(spec, before, x, jax.random.key(0))
         ours = ("reconstruction_step", "_exact_block", "_hard_block")
         return made, [sum(name == f"jit({own})" for name in names) for own in ours]
 
@@ -180,6 +195,111 @@ def test_blocks_alike_share_their_programs_and_nothing_changes(monkeypatch):
     for name in ("conv1", "conv2"):
         old, new = (values["params"][name]["kernel"] for values in (before, shared))
         assert (old != new).any()
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_a_split_step_is_one_devices_step_and_exchanges_gradients_alone(rebuilt, devices):
+    student, before, _, x = rebuilt
+    block = blocks_of(student)[1]
+    target = block_forward(block, before, {}, block_forward(blocks_of(student)[0], before, {}, x))
+
+    def run(devices):
+        spec = spec_of(student, devices, reconstruction_step_rate=0.1)
+        seen = reconstruction.BlockImages(target * 0.9, target, target * 1.1)
+        state = reconstruction.initial_block(spec, block, before, jax.random.key(3))
+        state, *arguments = put_replicated((state, before, seen), spec.mesh)
+        program = compile_step(
+            reconstruction_step, state, *arguments, mesh=spec.mesh, spec=spec, block=block
+        )
+        losses = []
+        for _ in range(3):
+            state, metrics = program(state, *arguments)
+            losses.append(metrics["reconstruction/error"][0])
+        return jax.device_get((state.trainable, losses)), program.as_text()
+
+    (one, errors), alone = run(1)
+    (many, split_errors), text = run(devices)
+    np.testing.assert_allclose(split_errors, errors, rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), many, one)
+    assert any(np.abs(value).max() > 0.1 for value in jax.tree.leaves(one["stretch"]))
+    assert "all-reduce" not in alone
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    own = METHOD.reconstruction_batch_size // devices
+    assert f"f32[{own},8,8,4]" in text
+    assert f"f32[{METHOD.reconstruction_batch_size},8,8,4]" not in text
+
+
+def test_passes_of_the_images_are_split_and_leave_a_copy_on_each_device(rebuilt):
+    student, before, _, x = rebuilt
+    block, mesh = blocks_of(student)[0], data_mesh(8)
+    before, x = put_replicated((before, x), mesh)
+    for run, static in ((reconstruction._exact_block, {}), (reconstruction._hard_block, {"spec": student.spec})):  # fmt: skip
+        program = run.lower(x, before, mesh=mesh, block=block, **static).compile()
+        assert f"f32[{len(x) // 8},8,8,4]" in program.as_text()
+        assert program(x, before).sharding.is_fully_replicated
+
+
+def test_a_batch_that_cannot_be_split_is_said_and_rebuilt_the_same(capsys):
+    """Of 12 images; the pool's last part, of 4, cannot be split over 8 devices either."""
+    student, before, x = calibrated(one_block, 28)
+    short = {"reconstruction_iterations": 4, "reconstruction_batch_size": 12}
+
+    def run(devices):
+        spec = spec_of(student, devices, **short)
+        made = reconstructed(spec, before, x, jax.random.key(0))
+        sharding = replicated(spec.mesh)
+        assert all(
+            leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf in jax.tree.leaves(made)
+        )
+        return jax.device_get(made), capsys.readouterr().out
+
+    one, said = run(1)
+    assert "cannot be split" not in said
+    many, said = run(8)
+    assert "12 images an iteration cannot be split over 8 devices; each computes them all" in said
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), many, one)
+
+
+def test_iterations_in_one_dispatch_are_those_of_single_ones(monkeypatch):
+    student, before, x = calibrated(one_block, 32)
+    counts = []
+
+    def counting(*arguments, count, **options):
+        counts.append(count)
+        return compile_step(*arguments, count=count, **options)
+
+    monkeypatch.setattr(reconstruction, "compile_step", counting)
+    spec = spec_of(student, reconstruction_iterations=6, reconstruction_step_rate=0.1)
+
+    def run(most):
+        made = reconstructed(spec, before, x, jax.random.key(0), steps_per_dispatch=most)
+        return jax.device_get(made)
+
+    single, several = run(1), run(4)
+    assert counts == [1, 1, 1, 3, 3, 3]  # 4 do not divide 6
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), several, single
+    )
+
+
+def test_what_is_computed_again_is_the_same(rebuilt):
+    student, before, _, x = rebuilt
+    plain = spec_of(student, reconstruction_iterations=3, reconstruction_step_rate=0.1)
+    again = dataclasses.replace(plain, resources=Resources(rematerialize="elementwise"))
+
+    def program(spec):
+        block = blocks_of(student)[1]
+        target = jnp.zeros((16, 8, 8, 4))
+        seen = reconstruction.BlockImages(target, target, target)
+        state = reconstruction.initial_block(spec, block, before, jax.random.key(0))
+        step = functools.partial(reconstruction_step, spec=spec, block=block)
+        return str(jax.make_jaxpr(step)(state, before, seen))
+
+    assert "remat" in program(again)
+    assert "remat" not in program(plain)
+    kept, made = (reconstructed(spec, before, x, jax.random.key(0)) for spec in (plain, again))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), made, kept)
 
 
 def test_reconstruction_brings_the_student_nearer_to_the_float_network(rebuilt):
@@ -217,14 +337,14 @@ def test_the_loss_is_the_mean_over_pixels_of_the_error_and_of_choices_not_made(r
     range clips."""
     student, before, _, x = rebuilt
     block = blocks_of(student)[0]
-    method = dataclasses.replace(METHOD, reconstruction_drop=1.0)
-    state = reconstruction.initial_block(student.spec, block, before, method)
+    spec = spec_of(student, reconstruction_drop=1.0)
+    state = reconstruction.initial_block(spec, block, before, jax.random.key(0))
     target = block_forward(block, before, {}, x) + 0.5
     images = reconstruction.BlockImages(jnp.zeros_like(x), x, target)
     loss = jax.jit(
         lambda step: reconstruction.reconstruction_loss(
             state.trainable, before, images, jax.random.key(0), step,
-            spec=student.spec, block=block, method=method,
+            spec=student.spec, block=block, method=spec.method,
         )
     )  # fmt: skip
     channels = target.shape[-1]

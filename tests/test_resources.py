@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from test_steps import FIRING, START, TEACHER, tiny_settings
 
+from lrq_jax import losses
 from lrq_jax.quantize import step_spec
 from lrq_jax.resources import PRECISIONS, Resources, accumulated_gradient
 from lrq_jax.sharding import data_mesh
-from lrq_jax.training import steps
+from lrq_jax.training import noise_steps, steps
 from lrq_jax.training.comparison import lesson_of
 from lrq_jax.training.compilation import put_replicated
 from lrq_jax.training.student_loss import student_loss
@@ -67,7 +68,28 @@ def test_what_is_computed_again_is_the_same():
     assert run_steps(plain)[2] != run_steps(again)[2]
 
 
-@pytest.mark.parametrize("part", ["generator", "student"])
+def test_noise_images_computed_again_are_the_same():
+    def run(rematerialize):
+        settings = dataclasses.replace(
+            tiny_settings(), resources=Resources(rematerialize=rematerialize)
+        )
+        spec = step_spec(TEACHER, settings, data_mesh(1))
+        centers = losses.initial_centers(10, spec.graph.shapes[spec.graph.features][0])
+        state = noise_steps.initial_noise(spec, jax.random.key(0), centers)
+        step = jax.jit(functools.partial(noise_steps.noise_step, spec=spec))
+        program, found = step.lower(state, TEACHER.variables).compile(), []
+        for _ in range(3):
+            state, metrics = program(state, TEACHER.variables)
+            found.append(metrics)
+        return found, program.as_text()
+
+    (plain, text), (again, other) = run("none"), run("elementwise")
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), again, plain)
+    assert plain[0]["noise/loss"] != plain[2]["noise/loss"]
+    assert text != other
+
+
+@pytest.mark.parametrize("part", ["generator", "student", "noise images"])
 def test_only_results_of_products_are_kept(part, capsys):
     """What jax keeps for the backward pass; what a program then takes is the compiler's business."""
     held = {}
@@ -91,6 +113,11 @@ def differentiated(part, spec):
     """A function of the state: the part's loss on fixed images."""
     noise, labels = steps.draw_latents(jax.random.key(0), spec)
     images = jnp.zeros((16, *spec.graph.input_shape))
+    if part == "noise images":
+        return lambda state: noise_steps.noise_loss(
+            images + jax.tree.leaves(state.generator)[0].sum(),  # something of the state
+            labels, labels, jax.random.key(1), TEACHER.variables, state.centers, spec=spec,
+        )[0]  # fmt: skip
     if part == "generator":
         return lambda state: steps.synthesis_loss(
             state.generator, TEACHER.variables, state.centers, noise, labels, spec=spec

@@ -27,6 +27,11 @@ def steps_per_dispatch(setting: int, mesh: Mesh) -> int:
     return setting or _STEPS_PER_DISPATCH.get(mesh.devices.flat[0].platform, 1)
 
 
+def iterations_per_call(iterations: int, most: int) -> int:
+    """The most that divide them all: one program makes every call, none is compiled for a rest."""
+    return max(count for count in range(1, most + 1) if iterations % count == 0)
+
+
 def compile_step(step: StepFunction, state: Any, *arguments: Any, mesh: Mesh, count: int = 1,
                  **static: Any) -> Callable[..., Any]:  # fmt: skip
     """Compiles `count` consecutive steps into one program, ahead of time.
@@ -52,6 +57,7 @@ def compile_step(step: StepFunction, state: Any, *arguments: Any, mesh: Mesh, co
             return state, jax.tree.map(lambda x: x[None], metrics)
         return jax.lax.scan(lambda s, _: bound(s, *arguments), state, length=count)
 
+    program.__name__ = step.__name__  # what profiles and jax's events call it
     sharding = replicated(mesh)
     jitted = jax.jit(program, donate_argnums=0, in_shardings=sharding, out_shardings=sharding)
     with tracing_for(mesh.devices.flat[0].platform):

@@ -174,7 +174,11 @@ class TrainingLoop:
             pool, clock = self.pool(), time.monotonic()
             say(f"{phase.name}: compiling a step for each kind of block as it comes ...")
             student = reconstructed(
-                self._spec.student, state.student, pool.images, self._spec.method, key
+                self._spec,
+                state.student,
+                pool.images,
+                key,
+                steps_per_dispatch=self._settings.steps_per_dispatch,
             )
         state = state._replace(step=state.step + 1, student=student)
         state = put_replicated(state, self._spec.mesh)

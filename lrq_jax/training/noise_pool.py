@@ -19,7 +19,12 @@ from lrq_jax.losses.margin import Centers
 from lrq_jax.processes import is_first, wait_for_all
 from lrq_jax.sharding import replicated
 from lrq_jax.training import compilation, noise_steps
-from lrq_jax.training.compilation import compile_step, compiled_in, put_replicated
+from lrq_jax.training.compilation import (
+    compile_step,
+    compiled_in,
+    iterations_per_call,
+    put_replicated,
+)
 from lrq_jax.training.errors import TrainingDiverged
 from lrq_jax.training.noise_steps import NoiseState
 from lrq_jax.training.spec import StepSpec
@@ -124,7 +129,7 @@ def synthesize_pool(spec: StepSpec, teacher: Any, directory: Path, *, seed: int,
     key = jax.random.fold_in(jax.random.key(seed), _POOL_STREAM)
     centers = losses.initial_centers(graph.num_classes, graph.shapes[graph.features][0])
     most = compilation.steps_per_dispatch(steps_per_dispatch, mesh)
-    count = _iterations_per_call(method.noise_iterations, most)
+    count = iterations_per_call(method.noise_iterations, most)
     program = finish = None
     batches = []
     for number in range(method.noise_batches):
@@ -162,11 +167,6 @@ def _compile_finish(state: NoiseState, teacher: Any, spec: StepSpec) -> Any:
     finish = functools.partial(noise_steps.finished_noise, spec=spec)
     jitted = jax.jit(finish, out_shardings=replicated(spec.mesh))
     return jitted.lower(state, teacher).compile()
-
-
-def _iterations_per_call(iterations: int, most: int) -> int:
-    """The most that divide them all: one program makes every call, none is compiled for a rest."""
-    return max(count for count in range(1, most + 1) if iterations % count == 0)
 
 
 def _optimise(program: Any, count: int, state: NoiseState, teacher: Any, number: int,

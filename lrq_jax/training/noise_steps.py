@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -174,10 +175,11 @@ def noise_loss(parameters: Parameters, labels: jax.Array, targets: jax.Array, ke
 
 def noise_step(state: NoiseState, teacher: Variables, *, spec: StepSpec) -> tuple[NoiseState, Metrics]:  # fmt: skip
     """One iteration on a batch of noise images."""
-    gradient = jax.value_and_grad(noise_loss, has_aux=True)
+    loss_of = spec.resources.rematerialized(functools.partial(noise_loss, spec=spec))
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
     targets = class_targets(state, spec=spec)
     (loss, terms), grads = gradient(
-        state.parameters, state.labels, targets, step_key(state), teacher, state.centers, spec=spec
+        state.parameters, state.labels, targets, step_key(state), teacher, state.centers
     )
     optimizer = noise_optimizer(spec.method)
     updates, opt = optimizer.update(grads, state.opt, state.parameters, value=loss)

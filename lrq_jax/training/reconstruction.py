@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from lrq_jax.console import Progress
+from lrq_jax.console import Progress, say
 from lrq_jax.graph import INPUT
 from lrq_jax.method import Method
+from lrq_jax.ops.by_platform import tracing_for
 from lrq_jax.passes.blocks import (
     Block,
     block_forward,
@@ -29,21 +31,27 @@ from lrq_jax.passes.float_forward import Variables
 from lrq_jax.passes.kernels import coarse_kernel, kernel_parameters
 from lrq_jax.passes.plan import Operation, QuantSpec
 from lrq_jax.passes.rounding import with_held_ranges
-from lrq_jax.passes.student import Student, tensor_parameters
+from lrq_jax.passes.student import tensor_parameters
 from lrq_jax.quantizers import adaround
 from lrq_jax.quantizers.affine import AffineParameters, affine_parameters, dequantize
 from lrq_jax.quantizers.ranges import stretched
 from lrq_jax.quantizers.rounding import weight_at_codes
+from lrq_jax.sharding import constrain_batch, data_mesh, replicated
+from lrq_jax.training import compilation
+from lrq_jax.training.compilation import compile_step, iterations_per_call, put_replicated
 from lrq_jax.training.errors import TrainingDiverged
+from lrq_jax.training.spec import StepSpec
+from lrq_jax.training.steps import step_key
 
 _REPORT_EVERY = 50
 
 
 class BlockState(NamedTuple):
     """What the reconstruction of one block changes: `{"choice": {layer: V}, "stretch": {tensor:
-    logarithm}}`, and its optimiser's state."""
+    logarithm}}`, and its optimiser's state; `key` is raw data of that of its batches and drops."""
 
     step: jax.Array
+    key: jax.Array
     trainable: Any
     opt: optax.OptState
 
@@ -57,8 +65,8 @@ class BlockImages(NamedTuple):
     target: jax.Array
 
 
-def reconstructed(student: Student, variables: Variables, images: jax.Array, method: Method,
-                  key: jax.Array) -> Variables:  # fmt: skip
+def reconstructed(spec: StepSpec, variables: Variables, images: jax.Array, key: jax.Array, *,
+                  steps_per_dispatch: int = 0) -> Variables:  # fmt: skip
     """The student with rounding and activation steps learned on images, block after block.
 
     Each block is to make of the student's input what the float network makes of its own; the
@@ -68,31 +76,49 @@ def reconstructed(student: Student, variables: Variables, images: jax.Array, met
     Blocks that differ in names alone share their compiled programs (`passes.blocks.canonical`),
     which changes no number. To rebuild them at once, as a batch (`jax.vmap`), would: a block is trained
     on what the one before it puts out quantized, which is not there before that one is finished.
+    Batches are split over the mesh where their size can be; images and states are copies on each device.
 
     Args:
-      student: of the `integer` placement.
+      spec: static description, its student of the `integer` placement; of its method the
+        `reconstruction_` fields.
       variables: calibrated, weights not yet rounded: they are the float network that is matched.
       images: `[N, H, W, C]` in the teacher's normalised input space.
-      method: its `reconstruction_` fields.
       key: of batches and drops.
+      steps_per_dispatch: the most iterations a program call runs; 0: what suits the platform.
 
     Raises:
       TrainingDiverged: a loss stopped being finite.
     """
-    variables = with_held_ranges(student, variables)
+    student, method = spec.student, spec.method
+    mesh = spec.mesh or data_mesh(1)
+    size, devices = method.reconstruction_batch_size, mesh.devices.size
+    if size % devices:
+        say(
+            f"reconstruction: {size} images an iteration cannot be split "
+            f"over {devices} devices; each computes them all (method.reconstruction_batch_size)"
+        )
+    most = compilation.steps_per_dispatch(steps_per_dispatch, mesh)
+    count = iterations_per_call(method.reconstruction_iterations, most)
+    programs: dict[Any, Any] = {}
+    variables, inputs = put_replicated((with_held_ranges(student, variables), images), mesh)
     image_parameters = tensor_parameters(student, variables)[INPUT]
-    quantized = fake_quantized(images, image_parameters, student.spec.boundary_bits)
-    inputs = images
+    quantized = fake_quantized(inputs, image_parameters, student.spec.boundary_bits)
     blocks = blocks_of(student)
     for number, block in enumerate(blocks):
         shared, names = canonical(block)
         own = variables_of(variables, names)
-        target = _in_batches(_exact_block, inputs, method, own, block=shared)
+        target = _in_batches(_exact_block, inputs, own, size, mesh=mesh, block=shared)
         seen = BlockImages(quantized, inputs, target)
+        state = initial_block(spec, shared, own, jax.random.fold_in(key, number))
+        # On the variables' devices, as what a step returns.
+        state, arguments = put_replicated((state, (own, seen)), mesh)
+        kind = shared, tuple(x.shape for x in seen)
+        if kind not in programs:
+            programs[kind] = compile_step(
+                reconstruction_step, state, *arguments, mesh=mesh, count=count, spec=spec, block=shared
+            )  # fmt: skip
         name = f"block {number + 1}/{len(blocks)} ({block.output})"
-        trainable = _reconstruct_block(
-            student.spec, shared, own, seen, method, jax.random.fold_in(key, number), name
-        )
+        trainable = _learned(programs[kind], count, state, arguments, method, name)
         learned = {
             kind: {old: entries[new] for old, new in names.items() if new in entries}
             for kind, entries in trainable.items()
@@ -100,27 +126,25 @@ def reconstructed(student: Student, variables: Variables, images: jax.Array, met
         variables = _with_choices(student.spec, block, variables, learned)
         own, inputs = variables_of(variables, names), target
         quantized = _in_batches(
-            _hard_block, quantized, method, own, spec=student.spec, block=shared
+            _hard_block, quantized, own, size, mesh=mesh, spec=student.spec, block=shared
         )
     return variables
 
 
-def _reconstruct_block(spec: QuantSpec, block: Block, variables: Variables, images: BlockImages,
-                       method: Method, key: jax.Array, name: str) -> Any:  # fmt: skip
-    # On the variables' devices, as is what a step returns: the second would be compiled anew.
-    state = jax.device_put(
-        initial_block(spec, block, variables, method), jax.tree.leaves(variables)[0].sharding
-    )
+def _learned(program: Any, count: int, state: BlockState, arguments: tuple[Any, ...],
+             method: Method, name: str) -> Any:  # fmt: skip
+    """What a block's iterations, by a program of `count` of them, make of its trainable arrays."""
     iterations, pending = method.reconstruction_iterations, []
     with Progress(name, start=0, stop=iterations) as progress:
-        for done in range(1, iterations + 1):
-            state, metrics = _compiled_step(
-                state, variables, images, key, spec=spec, block=block, method=method
-            )
+        for done in range(count, iterations + 1, count):
+            state, metrics = program(state, *arguments)
             pending.append(metrics)
-            if done % _REPORT_EVERY == 0 or done == iterations:
+            if done % _REPORT_EVERY < count or done == iterations:
                 found = jax.device_get(pending)
-                values = {term: float(np.mean([m[term] for m in found])) for term in metrics}
+                values = {
+                    term: float(np.mean(np.concatenate([m[term] for m in found])))
+                    for term in metrics
+                }
                 pending = []
                 if not all(map(np.isfinite, values.values())):
                     raise TrainingDiverged(
@@ -131,14 +155,14 @@ def _reconstruct_block(spec: QuantSpec, block: Block, variables: Variables, imag
     return state.trainable
 
 
-def initial_block(spec: QuantSpec, block: Block, variables: Variables, method: Method) -> BlockState:  # fmt: skip
-    """Choices that leave every weight where it is, and steps as calibrated."""
+def initial_block(spec: StepSpec, block: Block, variables: Variables, key: jax.Array) -> BlockState:
+    """Choices that leave every weight where it is, and steps as calibrated; `key` is of the block."""
     stretch = variables["quant"]["stretch"]["activations"]
     trainable = {
         "choice": {
             op.layer.name: adaround.initial_choice(
                 variables["params"][op.layer.name]["kernel"],
-                kernel_parameters(spec, variables, op),
+                kernel_parameters(spec.student.spec, variables, op),
             )
             for op in block.operations
             if op.weight_bits
@@ -147,32 +171,32 @@ def initial_block(spec: QuantSpec, block: Block, variables: Variables, method: M
             op.output: jnp.array(stretch[op.output]) for op in block.operations if op.output_bits
         },
     }
-    return BlockState(jnp.int32(0), trainable, _optimizer(method).init(trainable))
+    opt = _optimizer(spec.method).init(trainable)
+    return BlockState(jnp.int32(0), jax.random.key_data(key), trainable, opt)
 
 
-def reconstruction_step(state: BlockState, variables: Variables, images: BlockImages, key: jax.Array, *,
-                        spec: QuantSpec, block: Block, method: Method) -> tuple[BlockState, dict[str, jax.Array]]:  # fmt: skip
+def reconstruction_step(state: BlockState, variables: Variables, images: BlockImages, *,
+                        spec: StepSpec, block: Block) -> tuple[BlockState, dict[str, jax.Array]]:  # fmt: skip
     """One update on a random batch; pure."""
-    pick_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+    method = spec.method
+    pick_key, loss_key = jax.random.split(step_key(state))
     shape = (method.reconstruction_batch_size,)
-    picked = jax.random.randint(pick_key, shape, 0, len(images.target))
-    batch = BlockImages(*(values[picked] for values in images))
-    grads, metrics = jax.grad(reconstruction_loss, has_aux=True)(
-        state.trainable, variables, batch, loss_key, state.step,
-        spec=spec, block=block, method=method,
-    )  # fmt: skip
+    # Split before images are taken: each device then takes its own from its copy of them.
+    picked = _split(jax.random.randint(pick_key, shape, 0, len(images.target)), spec.mesh)
+    batch = BlockImages(*(_split(values[picked], spec.mesh) for values in images))
+    loss = functools.partial(
+        reconstruction_loss, spec=spec.student.spec, block=block, method=method
+    )
+    gradient = jax.grad(spec.resources.rematerialized(loss), has_aux=True)
+    grads, metrics = gradient(state.trainable, variables, batch, loss_key, state.step)
     updates, opt = _optimizer(method).update(grads, state.opt, state.trainable)
-    return BlockState(state.step + 1, optax.apply_updates(state.trainable, updates), opt), metrics
+    trainable = optax.apply_updates(state.trainable, updates)
+    return BlockState(state.step + 1, state.key, trainable, opt), metrics
 
 
-_compiled_step = jax.jit(
-    reconstruction_step, static_argnames=("spec", "block", "method"), donate_argnums=0
-)
-
-
-def compile_reconstruction(*arguments: Any, **static: Any) -> Any:
-    """The program of `reconstruction_step` for arguments like these, ahead of time."""
-    return _compiled_step.lower(*arguments, **static).compile()
+def _split(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`[B, ...]` over the mesh, where it can be split evenly."""
+    return x if mesh is None or len(x) % mesh.devices.size else constrain_batch(x, mesh)
 
 
 def reconstruction_loss(trainable: Any, variables: Variables, batch: BlockImages, key: jax.Array,
@@ -271,13 +295,13 @@ def _with_choices(spec: QuantSpec, block: Block, variables: Variables, trainable
     return {**variables, "params": params, "quant": quant}
 
 
-@functools.partial(jax.jit, static_argnames="block")
-def _exact_block(x: jax.Array, variables: Variables, *, block: Block) -> jax.Array:
-    return block_forward(block, variables, {}, x)
+@functools.partial(jax.jit, static_argnames=("mesh", "block"))
+def _exact_block(x: jax.Array, variables: Variables, *, mesh: Mesh, block: Block) -> jax.Array:
+    return _whole(block_forward(block, variables, {}, _split(x, mesh)), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "block"))
-def _hard_block(x: jax.Array, variables: Variables, *, spec: QuantSpec, block: Block) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("mesh", "spec", "block"))
+def _hard_block(x: jax.Array, variables: Variables, *, mesh: Mesh, spec: QuantSpec, block: Block) -> jax.Array:  # fmt: skip
     """The block as the student runs it, up to the order of its float arithmetic."""
     tensors = _made_parameters(block, variables)
     kernels = {
@@ -290,10 +314,18 @@ def _hard_block(x: jax.Array, variables: Variables, *, spec: QuantSpec, block: B
         bits = operation.output_bits
         return fake_quantized(value, tensors[operation.output], bits) if bits else value
 
-    return block_forward(block, variables, kernels, x, finish)
+    return _whole(block_forward(block, variables, kernels, _split(x, mesh), finish), mesh)
 
 
-def _in_batches(run: Any, x: jax.Array, method: Method, variables: Variables, **static: Any) -> jax.Array:  # fmt: skip
-    size = method.reconstruction_batch_size
-    parts = [run(x[start : start + size], variables, **static) for start in range(0, len(x), size)]
+def _whole(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """A copy on each device, from which iterations take their batches."""
+    return jax.lax.with_sharding_constraint(x, replicated(mesh))
+
+
+def _in_batches(run: Any, x: jax.Array, variables: Variables, size: int, *, mesh: Mesh, **static: Any) -> jax.Array:  # fmt: skip
+    with tracing_for(mesh.devices.flat[0].platform):
+        parts = [
+            run(x[start : start + size], variables, mesh=mesh, **static)
+            for start in range(0, len(x), size)
+        ]
     return jnp.concatenate(parts)
