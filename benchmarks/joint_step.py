@@ -49,7 +49,7 @@ import child_processes
 from joint_worker import PARTS, STEPS, Case
 from provenance import REPOSITORY, provenance
 
-from lrq_jax.huge_pages import TUNABLE, VARIABLE
+from lrq_jax import huge_pages
 
 SMALL, LARGE = "resnet20_cifar", "resnet18"
 CASES = {
@@ -81,10 +81,15 @@ tests, to rounding."""
 SMALLEST_SHARE = 1e-3
 """Of a loss that each of its terms must be, or it could be wrong unnoticed: random weights with
 which activations grow layer by layer leave a loss of one term."""
-HUGE_PAGES = {VARIABLE: f"{TUNABLE}=1", "THP_MEM_ALLOC_ENABLE": "1"}
-"""Of glibc, and of PyTorch's own allocator."""
+TORCH_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""Huge pages of PyTorch's own allocator."""
 GPU_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.35"}
 """What jax takes of a GPU at once, unless the environment says otherwise: all sides share it."""
+
+
+def _tunables() -> dict[str, str]:
+    """glibc's for both sides: the caller's, and huge pages unless they say otherwise."""
+    return {huge_pages.VARIABLE: huge_pages.requested(os.environ.get(huge_pages.VARIABLE, ""))}
 
 
 class DifferentSteps(RuntimeError):
@@ -109,7 +114,7 @@ class Worker:
         self._process = child_processes.start(
             [sys.executable, str(WORKER), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**GPU_MEMORY, **os.environ, **HUGE_PAGES, "PYTHONPATH": path},
+            env={**GPU_MEMORY, **os.environ, **TORCH_PAGES, **_tunables(), "PYTHONPATH": path},
         )  # fmt: skip
         try:
             self.description: dict[str, Any] = self._first_line(budget)
@@ -391,7 +396,12 @@ def main() -> int:
         except (DifferentSteps, NotReady) as error:
             print(f"joint_step: {name}: {error}", file=sys.stderr)
             return 1
-        result = {"name": name, **result, **about, "huge_pages": True}
+        result = {
+            "name": name,
+            **result,
+            **about,
+            "huge_pages": huge_pages.given(*_tunables().values()),
+        }
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         print(table(result), flush=True)

@@ -31,17 +31,33 @@ def restart_with_huge_pages() -> None:
     tunables = os.environ.get(VARIABLE, "")
     if TUNABLE in tunables or os.environ.get(SWITCH) == "0" or not _on_request():
         return
-    joined = ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, VARIABLE: joined})
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, VARIABLE: requested(tunables)})
     except OSError as error:  # slower, not wrong
         print(
             f"lrq_jax: huge pages: found no way to start {sys.executable!r} again ({error}), going on "
             f"without; {SWITCH}=0 stops trying",
             file=sys.stderr,
         )
+
+
+def requested(tunables: str) -> str:
+    """glibc's tunables with huge pages requested; what they say of them, if anything, stays."""
+    if TUNABLE in tunables:
+        return tunables
+    return ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))
+
+
+def given(tunables: str) -> bool:
+    """Whether a process that starts with these tunables gets huge pages for its arrays here."""
+    try:
+        if "[always]" in _POLICY.read_text(encoding="ascii"):
+            return True
+    except OSError:
+        return False
+    return f"{TUNABLE}=1" in tunables.split(":") and _on_request()
 
 
 def _on_request() -> bool:

@@ -210,14 +210,17 @@ def joint_step(benchmark_module, monkeypatch, tmp_path):
     return run
 
 
-def test_ratios_shares_and_the_compiled_side_are_reported(joint_step, capsys):
+@pytest.mark.parametrize("given", [True, False])
+def test_ratios_shares_and_the_compiled_side_are_reported(joint_step, capsys, monkeypatch, given):
+    monkeypatch.setattr("lrq_jax.huge_pages.given", lambda tunables: given)
     code, (line,) = joint_step("--only", "r20-64", "--compiled")
     assert code == 0
     assert (line["speedup"], line["seconds"]["joint"]["compiled_speedup"]) == (1.5, 0.5)
     assert (line["processor_speedup"], line["left_out"]) == (1.5, {})
     shares = {name: found["share_of_matmul_peak"] for name, found in line["sides"].items()}
     assert shares == {"ours": 0.333, "torch": 0.5, "compiled": 1.5}
-    assert {"machine", "date", "commit", "huge_pages"} <= set(line)
+    assert {"machine", "date", "commit"} <= set(line)
+    assert line["huge_pages"] == given
     text = capsys.readouterr().out
     assert re.search(r"of the matmul peak +0\.333 +0\.500 +1\.500\n", text)
     joint, teacher = (re.search(rf"  {part} .*", text)[0] for part in ("joint", "teacher"))
@@ -399,6 +402,80 @@ def method_of(command, monkeypatch):
     kept = [word for word in command if not word.startswith(("--workdir=", "--config="))]
     config = parsed(shlex.join(kept), api._config(files[-1]) if files else None)
     return resolve(config, image_size=32).method
+
+
+# --- time to accuracy ----------------------------------------------------------------------------
+
+
+def asked(module, *words):
+    return module._parser().parse_args(["--teacher", "digits", *words])
+
+
+def test_a_preset_runs_ever_longer_until_it_is_good_enough(benchmark_module, monkeypatch):
+    module = benchmark_module("time_to_accuracy")
+    drops, ran = {100: 9.0, 200: 4.0, 400: 3.7, 800: 0.1}, []
+
+    def run(command, workdir, cache):
+        (steps,) = (int(x.partition("=")[2]) for x in command if x.startswith("--config.steps="))
+        ran.append((steps, workdir, cache))
+        return {"steps": steps, "seconds": float(steps), "drop": drops[steps]}
+
+    monkeypatch.setattr(module, "run", run)
+    found = module.measure("fast", asked(module))
+    assert found["reached"] == {"steps": 400, "seconds": 400.0, "drop": 3.7}
+    assert [each["steps"] for each in found["runs"]] == [100, 200, 400]
+    assert len({place for _, *places in ran for place in places}) == 6  # all new
+    found = module.measure("fast", asked(module, "--most-steps", "300"))
+    assert (found["reached"], len(found["runs"])) == (None, 2)
+
+
+def test_the_commands_timed_are_of_their_presets(benchmark_module, monkeypatch):
+    module = benchmark_module("time_to_accuracy")
+    for preset in module._parser().parse_args(["--teacher", "digits"]).presets:
+        for count in module.ladder(preset, 100, 150):
+            command = module.command_of(preset, count, asked(module, "--bits", "3"), "run")
+            method = method_of(command, monkeypatch)
+            assert method.steps == (count or 0)
+            assert (method.images == "noise") == (preset in ("fast", "squant"))
+            assert (method.rounding == "squant") == (preset == "squant")
+            assert {"--config.student.weight_bits=3", "--config.student.act_bits=3"} < set(command)
+
+
+def test_time_to_accuracy_reads_what_a_run_reports(benchmark_module, tmp_path, capsys, monkeypatch):
+    module, out = benchmark_module("time_to_accuracy"), tmp_path / "out.jsonl"
+    small = "--config.method.noise_batch_size=8 --config.method.noise_iterations=2"
+    words = [
+        "--teacher=digits",
+        "--presets=squant",
+        "--drop=100",
+        f"--flags={small}",
+        f"--out={out}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words])
+    monkeypatch.setattr(module.child_processes, "leave_on_sigterm", lambda: None)
+    module.main()
+    line = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == line
+    found = line["reached"]
+    assert line["runs"] == [found]
+    assert found["images"] > 100
+    assert 0 < found["without_evaluation"] < found["seconds"]
+    assert found["steps"] == 0
+    assert {"commit", "machine", "date", "seed"} < line.keys()
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("raise SystemExit('no such teacher')", "exit code 1.*no such teacher"),
+        (None, "give --data"),
+    ],
+)
+def test_time_to_accuracy_says_what_is_wrong(benchmark_module, tmp_path, script, words):
+    module = benchmark_module("time_to_accuracy")
+    (tmp_path / "report.json").write_text('{"drop": null}')
+    with pytest.raises(RuntimeError, match=f"(?s){words}"):
+        module.run(fake(script or "pass"), tmp_path, tmp_path)
 
 
 # --- what wants a GPU ----------------------------------------------------------------------------

@@ -86,10 +86,12 @@ FAST = (
 )
 
 
-def start_two(workdir, config="digits_lrq"):
+def start_two(workdir, config="digits_lrq", devices=1):
+    """Two of the processes of `start`, of so many devices each."""
     shared = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     return [
         start(
@@ -116,18 +118,24 @@ def saved_steps(workdir):
 
 def killed(processes, number, workdir, *, after):
     """One of two processes killed as soon as that step is saved: the other's exit code and output."""
+    kill_after(processes, number, workdir, after)
+    other = processes[1 - number]
+    output, _ = other.communicate(timeout=120)
+    assert not (workdir / "report.json").exists(), "killed too late to prove anything"
+    return other.returncode, output
+
+
+def kill_after(processes, number, workdir, step):
+    """Kills one of the processes as soon as that step or a later one is saved."""
     deadline = time.monotonic() + 600
-    while not any(step >= after for step in saved_steps(workdir)):
+    while max(saved_steps(workdir), default=0) < step:
         for process in processes:
             assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     processes[number].send_signal(signal.SIGKILL)
     processes[number].communicate()
-    other = processes[1 - number]
-    output, _ = other.communicate(timeout=120)
     assert not (workdir / "report.json").exists(), "killed too late to prove anything"
-    return other.returncode, output
 
 
 @pytest.fixture(scope="module")
@@ -190,20 +198,24 @@ def test_codes_of_both_runs_are_those_of_the_same_network(runs):
 
 
 def test_two_processes_make_images_rebuild_blocks_and_train_as_one_and_outlive_the_first(tmp_path):
-    """`fast`, of whose two processes the first is killed, on which jax's coordination rests, and
-    which two others then finish."""
+    """`fast`, of whose two processes, of two devices each, the first is killed, on which jax's
+    coordination rests; one alone goes on, is killed too, and two others finish."""
     save_teacher(tiny_teacher(), tmp_path / "teacher")
     alone = start(tmp_path / "alone", config="fast")
     output, _ = alone.communicate(timeout=600)
     assert alone.returncode == 0, output
 
     two = tmp_path / "two"
-    code, output = killed(start_two(two, config="fast"), 0, two, after=WARMUP + 8)
+    code, output = killed(start_two(two, config="fast", devices=2), 0, two, after=WARMUP + 4)
     assert code != 0
     assert "coordination service" in output, output  # jax ends the process, with its own message
-    for process in start_two(two, config="fast"):
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
+    by_two = max(saved_steps(two))
+    kill_after([start(two, config="fast")], 0, two, by_two + 4)
+    by_one = max(saved_steps(two))
+    last = start_two(two, config="fast", devices=2)
+    outputs = [process.communicate(timeout=600)[0] for process in last]
+    assert [process.returncode for process in last] == [0, 0], outputs
+    assert f"resuming after step {by_one}\n" in outputs[0]
 
     steps = (*range(1, WARMUP + 1), *range(WARMUP + 2, WARMUP + STEPS + 2))  # reconstruction: one
     for one, both in zip(losses_of(tmp_path / "alone", steps), losses_of(two, steps), strict=True):

@@ -35,6 +35,7 @@ def test_other_tunables_are_kept(started, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
     huge_pages.restart_with_huge_pages()
     assert started[0][2]["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
+    assert huge_pages.requested("glibc.malloc.hugetlb=0") == "glibc.malloc.hugetlb=0"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,31 @@ def test_nothing_is_started_where_nothing_is_gained(reason, started, monkeypatch
         policy.unlink()
     huge_pages.restart_with_huge_pages()
     assert started == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "tunables", "expected"),
+    [
+        ("always [madvise] never", "glibc.malloc.check=1:glibc.malloc.hugetlb=1", True),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", False),
+        ("always [madvise] never", "", False),
+        ("[always] madvise never", "", True),
+        ("always madvise [never]", "glibc.malloc.hugetlb=1", False),
+        (None, "glibc.malloc.hugetlb=1", False),
+    ],
+)
+@pytest.mark.usefixtures("started")
+def test_who_gets_huge_pages(tmp_path, policy, tunables, expected):
+    if policy is None:
+        (tmp_path / "enabled").unlink()
+    else:
+        (tmp_path / "enabled").write_text(policy + "\n")
+    assert huge_pages.given(tunables) == expected
+
+
+def test_old_libraries_give_no_huge_pages_on_request(started, monkeypatch):
+    monkeypatch.setattr(huge_pages.platform, "libc_ver", lambda: ("glibc", "2.31"))
+    assert not huge_pages.given("glibc.malloc.hugetlb=1")
 
 
 def test_a_failed_start_is_said_and_the_program_goes_on(started, monkeypatch, capsys):

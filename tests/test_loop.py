@@ -284,12 +284,14 @@ def test_a_pool_is_used_again_by_a_student_of_other_bits(teacher, tmp_path):
         start_again("fourth", settings)
 
 
-def test_several_steps_a_dispatch_log_and_save_what_single_ones_do(teacher, tmp_path):
-    """A count that divides neither the phase nor the distance of logs and checkpoints."""
+@pytest.mark.parametrize("images", ["generator", "noise"])
+def test_several_steps_a_dispatch_log_and_save_what_single_ones_do(teacher, tmp_path, images):
+    """A count that divides neither the phase nor the distance of logs and checkpoints, nor, of
+    noise, their iterations."""
+    method = {"images": images, "adam_epsilon": 1e-2, "student_optimizer": "sgd"}
     settings = dataclasses.replace(
-        tiny_settings(**NO_WARM_UP, steps=7, adam_epsilon=1e-2, student_optimizer="sgd"),
-        log_every=1, checkpoint_every=3,
-    )  # fmt: skip
+        tiny_settings(**NO_WARM_UP, **method, steps=7), log_every=1, checkpoint_every=3
+    )
     found = {}
     for count in (1, 2):
         several = dataclasses.replace(settings, steps_per_dispatch=count)
@@ -302,7 +304,9 @@ def test_several_steps_a_dispatch_log_and_save_what_single_ones_do(teacher, tmp_
     for line in found[2]:  # means over a dispatch, whose last one has a single step
         count = 1 if line["step"] == 9 else 2
         these = [single[step] for step in range(line["step"] - count + 1, line["step"] + 1)]
-        for name in {"generator/loss", "student/loss"} & line.keys():
+        names = {"generator/loss", "student/loss"} & line.keys()
+        assert names
+        for name in names:
             mean = np.mean([each[name] for each in these])
             assert line[name] == pytest.approx(mean, rel=1e-4), name
 
