@@ -156,11 +156,12 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
         for field in dataclasses.fields(Method)
         if field.name != "steps" and config.method[field.name] is not None
     }
-    base = preset(config.method.preset, image_size=image_size)
+    wanted = {name: value for name, value in config.student.items() if value is not None}
+    bits = min(config.student.weight_bits, config.student.act_bits)
+    base = preset(config.method.preset, image_size=image_size, bits=bits)
     if config.steps is not None:
         chosen["steps"] = config.steps
     method = dataclasses.replace(base.method, **chosen)
-    wanted = {name: value for name, value in config.student.items() if value is not None}
     try:
         student = dataclasses.replace(
             base.student, **{**wanted, "overrides": tuple(config.student.overrides)}

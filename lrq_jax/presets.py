@@ -17,6 +17,30 @@ METHOD_FIELDS = ("weight_observer", "act_observer", "range_decay", "clip_mask", 
 """Fields of a `QuantSpec` that are part of a method; the others say what the user wants of it."""
 
 
+LARGE_IMAGE = 64
+"""Images with a longer side above this, in pixels, take a preset's ImageNet column."""
+LOW_BITS = 3
+"""So few bits, of weights or activations, want more training."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a preset is asked for.
+
+    Attributes:
+      image_size: longer side of the teacher's images, pixels.
+      bits: of weights or of activations, whichever are fewer.
+    """
+
+    image_size: int
+    bits: int = QuantSpec.weight_bits
+
+    @property
+    def large_images(self) -> bool:
+        """Whether the images are of ImageNet's kind."""
+        return self.image_size > LARGE_IMAGE
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
     """A method, whole.
@@ -30,14 +54,14 @@ class Preset:
     student: QuantSpec = dataclasses.field(default_factory=QuantSpec)
 
 
-def lrq(*, large_images: bool) -> Preset:
+def lrq(task: Task) -> Preset:
     """LRQ as the paper describes it: generator and student trained in turn.
 
     The warm-up comes on top of the table's 80,000 steps, and a student's milestones count from its
     own first step [open]: the paper does not say whether its epochs hold the warm-up. Gradients
     are clipped at a norm of 10 [open], which the lineage does not do.
     """
-    if not large_images:
+    if not task.large_images:
         return Preset(method=Method())
     return Preset(
         method=Method(
@@ -49,28 +73,30 @@ def lrq(*, large_images: bool) -> Preset:
     )
 
 
-def lrq_released(*, large_images: bool) -> Preset:
+def lrq_released(task: Task) -> Preset:
     """LRQ as its code runs: the generator only sets ranges, the student trains on noise images.
     Gradients are clipped here [open]."""
     return _changed(
-        lrq(large_images=large_images),
+        lrq(task),
         images="noise",
-        batch_size=16 if large_images else 256,
+        batch_size=16 if task.large_images else 256,
         warmup_steps=800,
         steps=30_200,
-        student_milestones=(20_000, 40_000, 70_000) if large_images else (4_000, 8_000, 12_000),
+        student_milestones=(20_000, 40_000, 70_000)
+        if task.large_images
+        else (4_000, 8_000, 12_000),
         noise_beta1=0.9,
         noise_lowest_target=0.9,
-        attention="after_block1" if large_images else "none",
+        attention="after_block1" if task.large_images else "none",
         augmentation="crop_flip",
     )
 
 
-def gdfq(*, large_images: bool) -> Preset:
+def gdfq(task: Task) -> Preset:
     """GDFQ (arXiv 2003.03603), LRQ's base: no attention, no margin, plain distillation. Gradients
     are clipped here [open]."""
     return _changed(
-        lrq(large_images=large_images),
+        lrq(task),
         attention="none",
         ama_weight=0.0,
         student_loss="kd",
@@ -79,7 +105,7 @@ def gdfq(*, large_images: bool) -> Preset:
     )
 
 
-def qimera(*, large_images: bool) -> Preset:
+def qimera(task: Task) -> Preset:
     """Qimera (arXiv 2111.02625): GDFQ whose generator also makes images between classes.
 
     Constants of its CIFAR-10 and ResNet-18 runs: 40 % of the batches superpose 2 (500) classes; on
@@ -89,13 +115,13 @@ def qimera(*, large_images: bool) -> Preset:
     other lengths.
     """
     return _changed(
-        gdfq(large_images=large_images),
+        gdfq(task),
         superposition=0.4,
-        superposed_classes=500 if large_images else 2,
+        superposed_classes=500 if task.large_images else 2,
     )
 
 
-def intraq(*, large_images: bool) -> Preset:
+def intraq(task: Task) -> Preset:
     """IntraQ (arXiv 2111.09136): noise images of varied classes and regions; LRQ's code grew from it.
 
     Its parts: local object reinforcement (`crop_flip` in half of the iterations), the marginal
@@ -106,11 +132,11 @@ def intraq(*, large_images: bool) -> Preset:
     gradients are clipped here.
     """
     return _changed(
-        lrq_released(large_images=large_images),
+        lrq_released(task),
         attention="none",
         ama_margin=0.0,
-        ama_lower=0.3 if large_images else 0.05,
-        noise_lowest_target=0.9 if large_images else 0.95,
+        ama_lower=0.3 if task.large_images else 0.05,
+        noise_lowest_target=0.9 if task.large_images else 0.95,
         noise_beta1=0.9,
         student_loss="kd",
         distill_weight=20.0,
@@ -118,7 +144,7 @@ def intraq(*, large_images: bool) -> Preset:
     )
 
 
-def hast(*, large_images: bool) -> Preset:
+def hast(task: Task) -> Preset:
     """HAST (arXiv 2303.13826): noise images, hard for teacher and student, channel attention aligned.
 
     Constants of its CIFAR-10 and ResNet-18 runs. Differences [open]: where channels are aligned
@@ -128,21 +154,21 @@ def hast(*, large_images: bool) -> Preset:
     on top of the table's steps, gradients clipped.
     """
     return _changed(
-        intraq(large_images=large_images),
+        intraq(task),
         ama_weight=0.0,
-        batch_size=16 if large_images else 64,
-        student_learning_rate=1e-6 if large_images else 1e-5,
-        class_focus=0.5 if large_images else 2.0,
+        batch_size=16 if task.large_images else 64,
+        student_learning_rate=1e-6 if task.large_images else 1e-5,
+        class_focus=0.5 if task.large_images else 2.0,
         noise_target="cross_entropy",
-        noise_target_weight=0.1 if large_images else 10.0,
-        noise_augmentation="crop_flip" if large_images else "none",
+        noise_target_weight=0.1 if task.large_images else 10.0,
+        noise_augmentation="crop_flip" if task.large_images else "none",
         ce_weight=0.0,
-        channel_alignment=4000.0 if large_images else 1000.0,
+        channel_alignment=4000.0 if task.large_images else 1000.0,
         perturbation=0.01,
     )
 
 
-def genie(*, large_images: bool) -> Preset:
+def genie(task: Task) -> Preset:
     """Genie (arXiv 2212.04780): images made through latents, the student rebuilt block by block.
 
     Constants of its ResNet-18 runs, at every size [open]. Differences [open]: the generator is
@@ -154,10 +180,10 @@ def genie(*, large_images: bool) -> Preset:
     method = Method(
         images="noise",
         calibration_images="pool",
-        conditioning="batch_norm" if large_images else "embedding",
+        conditioning="batch_norm" if task.large_images else "embedding",
         attention="after_block1",
         latent_dim=256,
-        batch_size=32 if large_images else 64,
+        batch_size=32 if task.large_images else 64,
         warmup_steps=16,
         calibration_steps=16,
         steps=0,
@@ -183,7 +209,7 @@ def genie(*, large_images: bool) -> Preset:
     return Preset(method=method, student=student)
 
 
-def fast(*, large_images: bool) -> Preset:
+def fast(task: Task) -> Preset:
     """Ours, for minutes: a small pool of noise images, ranges and step sizes that are searched
     and then learned, rounding learned block by block, then distillation alone.
 
@@ -194,19 +220,21 @@ def fast(*, large_images: bool) -> Preset:
     kernels' rates in units of their quantization steps, so that the size of
     channels, which batch norms undo, does not matter; the teacher's soft outputs and no labels (AIT,
     arXiv 2203.17008); a thousand images suffice, since they are only ever seen moved, mirrored and
-    mixed in pairs (mixup, arXiv 1710.09412). `docs/accuracy.md` says what each part bought.
+    mixed in pairs (mixup, arXiv 1710.09412); twice the steps at 3 bits and fewer.
+    `docs/accuracy.md` says what each part bought.
     """
+    steps = 500 if task.large_images else 1_000
     method = Method(
         images="noise",
         calibration_images="pool",
         attention="none",
-        conditioning="batch_norm" if large_images else "embedding",
-        batch_size=32 if large_images else 64,
+        conditioning="batch_norm" if task.large_images else "embedding",
+        batch_size=32 if task.large_images else 64,
         warmup_steps=16,
         calibration_steps=16,
-        steps=500 if large_images else 1_000,
+        steps=steps if task.bits > LOW_BITS else 2 * steps,
         rounding="adaround",
-        reconstruction_iterations=200 if large_images else 400,
+        reconstruction_iterations=200 if task.large_images else 400,
         reconstruction_learning_rate=0.01,
         reconstruction_step_rate=0.001,
         ama_weight=0.0,
@@ -218,18 +246,18 @@ def fast(*, large_images: bool) -> Preset:
         student_kernel_rate=0.003,
         student_schedule="cosine",
         student_weight_decay=0.0,
-        augmentation="crop_flip" if large_images else "shift_flip",
+        augmentation="crop_flip" if task.large_images else "shift_flip",
         mixup=1.0,
         noise_batches=8,
-        noise_batch_size=32 if large_images else 128,
-        noise_iterations=250 if large_images else 125,
+        noise_batch_size=32 if task.large_images else 128,
+        noise_iterations=250 if task.large_images else 125,
         noise_learning_rate=0.1,
         noise_beta1=0.9,
         noise_schedule="cosine",
         noise_statistics="relative",
         noise_target="cross_entropy",
         noise_target_weight=0.005,
-        noise_augmentation="crop_flip" if large_images else "shift_flip",
+        noise_augmentation="crop_flip" if task.large_images else "shift_flip",
         noise_augment_probability=1.0,
         noise_clip=True,
         noise_spectrum=1.0,
@@ -243,35 +271,35 @@ def fast(*, large_images: bool) -> Preset:
     return Preset(method=method, student=student)
 
 
-def best(*, large_images: bool) -> Preset:
+def best(task: Task) -> Preset:
     """Ours, for a GPU-hour: `fast` with more images, iterations and steps.
 
     2,048 images of 1,000 iterations each; AdaRound with QDrop at its published rates; distillation
     at half of `fast`'s rates, and a running average of the weights. Constants are
     ours, sized by counting operations [open]: nothing of it was measured yet.
     """
-    base = fast(large_images=large_images)
+    base = fast(task)
     return _changed(
         base,
-        batch_size=64 if large_images else 128,
-        reconstruction_iterations=5_000 if large_images else 20_000,
+        batch_size=64 if task.large_images else 128,
+        reconstruction_iterations=5_000 if task.large_images else 20_000,
         reconstruction_learning_rate=1e-3,
         reconstruction_step_rate=4e-5,
-        steps=5_000 if large_images else 20_000,
+        steps=5_000 if task.large_images else 20_000,
         student_learning_rate=base.method.student_learning_rate / 2,
         student_kernel_rate=base.method.student_kernel_rate / 2,
         average_decay=0.999,
-        noise_batches=64 if large_images else 16,
+        noise_batches=64 if task.large_images else 16,
         noise_iterations=1_000,
         noise_swing=1,
     )
 
 
-def squant(*, large_images: bool) -> Preset:
+def squant(task: Task) -> Preset:
     """No training: weights are rounded so that errors cancel (SQuant, arXiv 2202.07471), channels
     equalized before and biases corrected after (arXiv 1906.04721), which SQuant does without; a few
     images, matched to the batch norms for seconds, set the activation ranges [open]."""
-    base = fast(large_images=large_images)
+    base = fast(task)
     return Preset(
         method=dataclasses.replace(
             base.method,
@@ -282,7 +310,7 @@ def squant(*, large_images: bool) -> Preset:
             warmup_steps=2,
             calibration_steps=2,
             noise_batches=1,
-            noise_batch_size=16 if large_images else 64,
+            noise_batch_size=16 if task.large_images else 64,
             noise_iterations=20,
         ),
         student=dataclasses.replace(base.student, learned_steps="none"),
@@ -305,18 +333,19 @@ PRESETS: dict[str, Callable[..., Preset]] = {
     "qimera": qimera,
     "squant": squant,
 }
-"""Preset by name, for a size class of images."""
-
-LARGE_IMAGE = 64
-"""Images with a longer side above this, in pixels, take a preset's ImageNet column."""
+"""Preset by name, for a task."""
 
 
-def preset(name: str, *, image_size: int) -> Preset:
-    """The published constants of a method for images of this many pixels a side.
+def preset(name: str, *, image_size: int, bits: int = Task.bits) -> Preset:
+    """The constants of a method, the published ones where there are any.
+
+    Args:
+      name: of `PRESETS`.
+      image_size, bits: of the `Task`.
 
     Raises:
       ValueError: an unknown name, with the known ones.
     """
     if name not in PRESETS:
         raise ValueError(f"method.preset: found {name!r}, expected one of {sorted(PRESETS)}")
-    return PRESETS[name](large_images=image_size > LARGE_IMAGE)
+    return PRESETS[name](Task(image_size=image_size, bits=bits))

@@ -217,6 +217,12 @@ def test_steps_are_the_configs_or_else_the_presets():
     assert resolve(config, image_size=32).method.steps == 80_000
     config.method.preset = "lrq_released"
     assert resolve(config, image_size=32).method.steps == 30_200
+    config.method.preset = "fast"
+    for name in ("weight_bits", "act_bits"):  # so few of either
+        assert resolve(config, image_size=32).method.steps == 1_000
+        config.student[name] = 3
+        assert resolve(config, image_size=32).method.steps == 2_000
+        config.student[name] = 4
     for steps in (0, 1, 123):
         config.steps = steps
         assert resolve(config, image_size=32).method.steps == steps

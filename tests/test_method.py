@@ -6,7 +6,7 @@ import pytest
 
 from lrq_jax.losses.distillation import REDUCTIONS
 from lrq_jax.method import Method
-from lrq_jax.presets import PRESETS, gdfq, lrq, lrq_released, preset
+from lrq_jax.presets import PRESETS, Task, gdfq, lrq, lrq_released, preset
 from lrq_jax.synthesis.generator import ATTENTION_PLACES, CONDITIONINGS
 
 # method.md, section 4: an epoch is 200 steps. (CIFAR column, ImageNet column)
@@ -160,10 +160,13 @@ LOSSES = {
 }
 
 
+TASKS = (Task(image_size=32), Task(image_size=224))
+
+
 @pytest.mark.parametrize("name", sorted(SCHEDULES | PUBLISHED))
 @pytest.mark.parametrize("large", [False, True], ids=["32 px", "224 px"])
 def test_presets_hold_the_published_schedule(name, large):
-    method = PRESETS[name](large_images=large).method
+    method = PRESETS[name](TASKS[large]).method
     columns = (SCHEDULES | PUBLISHED)[name]
     expected = {field: values[large] for field, values in columns.items()}
     assert {field: getattr(method, field) for field in expected} == expected
@@ -172,7 +175,7 @@ def test_presets_hold_the_published_schedule(name, large):
 @pytest.mark.parametrize("name", ["lrq", "lrq_released"])
 @pytest.mark.parametrize("large", [False, True], ids=["32 px", "224 px"])
 def test_presets_hold_the_published_losses(name, large):
-    method = PRESETS[name](large_images=large).method
+    method = PRESETS[name](TASKS[large]).method
     assert {field: getattr(method, field) for field in LOSSES} == LOSSES
     assert method.ama_weight > 0
 
@@ -180,8 +183,8 @@ def test_presets_hold_the_published_losses(name, large):
 @pytest.mark.parametrize("large", [False, True], ids=["32 px", "224 px"])
 def test_gdfq_is_lrq_without_its_three_ingredients(large):
     """GDFQ's code: plain distillation at T = 20, KLDivLoss averaged over elements."""
-    base = dataclasses.asdict(lrq(large_images=large).method)
-    found = dataclasses.asdict(gdfq(large_images=large).method)
+    base = dataclasses.asdict(lrq(TASKS[large]).method)
+    found = dataclasses.asdict(gdfq(TASKS[large]).method)
     assert {name: value for name, value in found.items() if value != base[name]} == {
         "attention": "none",
         "ama_weight": 0.0,
@@ -193,7 +196,7 @@ def test_gdfq_is_lrq_without_its_three_ingredients(large):
 
 @pytest.mark.parametrize("large", [False, True], ids=["32 px", "224 px"])
 def test_best_is_fast_with_more_of_everything(large):
-    base, found = (PRESETS[name](large_images=large) for name in ("fast", "best"))
+    base, found = (PRESETS[name](TASKS[large]) for name in ("fast", "best"))
     assert base.student == found.student
     for field in ("noise_batches", "noise_iterations", "steps", "batch_size",
                   "reconstruction_iterations"):  # fmt: skip
@@ -204,12 +207,23 @@ def test_best_is_fast_with_more_of_everything(large):
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("size", [32, 224])
+def test_few_bits_train_fast_twice_as_long_and_change_nothing_else(name, size):
+    usual = preset(name, image_size=size)
+    for bits in (2, 3, 5, 8):
+        found = preset(name, image_size=size, bits=bits)
+        factor = 2 if name == "fast" and bits <= 3 else 1
+        changed = dataclasses.replace(usual.method, steps=factor * usual.method.steps)
+        assert found == dataclasses.replace(usual, method=changed)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
 @pytest.mark.parametrize("size", [16, 32, 64, 65, 224])
 def test_calibration_lies_inside_the_warmup(name, size):
     method = preset(name, image_size=size).method
     assert method.calibration_start >= 0
     assert method.calibration_start + method.calibration_steps <= method.warmup_steps
-    assert method == PRESETS[name](large_images=size > 64).method
+    assert method == PRESETS[name](TASKS[size > 64]).method
     assert method.attention in ATTENTION_PLACES
     assert method.conditioning in CONDITIONINGS
     assert method.kd_reduction in REDUCTIONS
@@ -246,8 +260,8 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 
 
 def test_methods_are_static_values():
-    assert hash(lrq(large_images=False).method) == hash(Method())
-    assert lrq_released(large_images=True) != lrq_released(large_images=False)
+    assert hash(lrq(TASKS[0]).method) == hash(Method())
+    assert lrq_released(TASKS[1]) != lrq_released(TASKS[0])
     with pytest.raises(dataclasses.FrozenInstanceError):
         Method().steps = 3
     with pytest.raises(TypeError):
