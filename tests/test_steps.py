@@ -144,6 +144,31 @@ def test_a_step_quantizes_each_kernel_once(step, placement):
         assert found[kernel] == count
 
 
+def test_the_generators_forward_of_the_teacher_is_the_students_lesson(monkeypatch):
+    """One pass of the teacher a joint step, whose numbers are those of a pass of its own."""
+    alignments = {"channel_alignment": 10.0, "cam_alignment": 1.0}
+    spec = step_spec(TEACHER, tiny_settings(**alignments), None)
+    variables = jax.tree.map(jax.numpy.asarray, TEACHER.variables)
+    state, _ = run_steps(tiny_settings(**alignments), ())
+    noise, labels = steps.draw_latents(jax.random.key(0), spec)
+    _, aux = steps.synthesis_loss(
+        state.generator, variables, state.centers, noise, labels, spec=spec
+    )
+    own = lesson_of(variables, aux["images"], spec)
+    assert len(own.blocks) > 1
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), aux["lesson"], own)
+
+    passes = []
+
+    def counted(graph, teacher, images, *arguments, **options):
+        passes.append(images.shape)
+        return float_forward(graph, teacher, images, *arguments, **options)
+
+    monkeypatch.setattr("lrq_jax.training.comparison.float_forward", counted)
+    jax.eval_shape(functools.partial(steps.joint_step, spec=spec), state, variables)
+    assert passes == [(16, 8, 8, 1)]
+
+
 def test_each_step_updates_what_it_should_and_nothing_else():
     plan = (steps.warmup_step, steps.calibration_step, steps.joint_step)
     states = [run_steps(tiny_settings(), plan[:count])[0] for count in range(4)]
