@@ -170,6 +170,35 @@ def test_bfloat16_is_used_where_it_is_said_and_stays_close():
         assert leaf.dtype != jnp.bfloat16, "states are float32 in every precision"
 
 
+def test_the_student_is_float32_in_every_precision():
+    """Of the same images and the same lesson it makes the same loss and gradient, bit for bit."""
+    calibrated = run_steps(settings_with())[0]
+    noise = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
+    plain = step_spec(TEACHER, settings_with(), None)
+    lesson = lesson_of(TEACHER.variables, noise, plain)
+
+    def run(precision):
+        spec = step_spec(TEACHER, settings_with(precision=precision), None)
+
+        def loss(trainable):
+            student = calibrated.student
+            return student_loss(trainable, student, noise, labels, lesson, spec=spec)[0]
+
+        with jax.default_matmul_precision(spec.resources.matmul_precision):
+            return jax.jit(jax.value_and_grad(loss))(spec.student.trainable(calibrated.student))
+
+    labels = jnp.zeros(16, jnp.int32)
+    exact = run("float32")
+    assert sum(float(np.abs(x).sum()) for x in jax.tree.leaves(exact[1])) > 0
+    for precision in ("tf32", "bfloat16"):
+        jax.tree.map(np.testing.assert_array_equal, run(precision), exact)
+    coarse = lesson_of(
+        TEACHER.variables, noise, step_spec(TEACHER, settings_with(precision="bfloat16"), None)
+    )
+    assert coarse.logits.dtype == jnp.float32
+    assert (coarse.logits != lesson.logits).any()
+
+
 def test_centred_codes_are_exact_in_every_type_products_are_computed_in():
     """TF32 has 10 binary digits behind the point, bfloat16 has 7: 8 with the leading one."""
     centred = np.arange(-255, 256)
