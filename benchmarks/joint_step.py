@@ -10,8 +10,8 @@ whatever else the machine does slows both, and a side never computes while the o
 the processors this command may use (on Linux: `taskset`), or the one GPU. The ratio is the median
 of those of each alternating pair; minima are shown beside, and the same ratio of processor seconds,
 which a busy machine changes less. The twin runs in that of PyTorch's memory layouts that is faster
-for it. Both get huge pages of memory on request, as `lrq_jax.main` does; PyTorch alone seldom has
-them.
+for it. Both get huge pages of memory on request, as `lrq_jax.main` does (PyTorch alone seldom has
+them), or neither does, where the system gives none or `GLIBC_TUNABLES` refuses them.
 
 Before anything is timed both make two steps from the same state on the same noise. In float32 the
 losses of the first, and each term of them, must agree within `TOLERANCES`, or the command ends with
@@ -81,8 +81,6 @@ tests, to rounding."""
 SMALLEST_SHARE = 1e-3
 """Of a loss that each of its terms must be, or it could be wrong unnoticed: random weights with
 which activations grow layer by layer leave a loss of one term."""
-TORCH_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""Huge pages of PyTorch's own allocator."""
 GPU_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.35"}
 """What jax takes of a GPU at once, unless the environment says otherwise: all sides share it."""
 
@@ -90,6 +88,11 @@ GPU_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.35"}
 def _tunables() -> dict[str, str]:
     """glibc's for both sides: the caller's, and huge pages unless they say otherwise."""
     return {huge_pages.VARIABLE: huge_pages.requested(os.environ.get(huge_pages.VARIABLE, ""))}
+
+
+def _huge_pages() -> bool:
+    """Whether the sides get them: both or none."""
+    return huge_pages.given(*_tunables().values())
 
 
 class DifferentSteps(RuntimeError):
@@ -114,7 +117,8 @@ class Worker:
         self._process = child_processes.start(
             [sys.executable, str(WORKER), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**GPU_MEMORY, **os.environ, **TORCH_PAGES, **_tunables(), "PYTHONPATH": path},
+            env={**GPU_MEMORY, **os.environ, **_tunables(), "PYTHONPATH": path,
+                 "THP_MEM_ALLOC_ENABLE": str(int(_huge_pages()))},
         )  # fmt: skip
         try:
             self.description: dict[str, Any] = self._first_line(budget)
@@ -400,7 +404,7 @@ def main() -> int:
             "name": name,
             **result,
             **about,
-            "huge_pages": huge_pages.given(*_tunables().values()),
+            "huge_pages": _huge_pages(),
         }
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")

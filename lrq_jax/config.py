@@ -41,7 +41,7 @@ class RunSettings:
       seed: of every random number of the run.
       resources: precision and memory of the steps; evaluation is always in float32.
       eval_batch_size: images a call of the evaluation.
-      steps_per_dispatch: training steps a program call runs; 0: chosen per backend.
+      steps_per_dispatch: the most steps, or iterations of images and blocks, that a program call runs; 0: chosen per backend.
       log_every: steps between two lines of metrics.
       checkpoint_every: steps between two checkpoints.
       images_every: steps between two grids of images.
@@ -157,7 +157,8 @@ def resolve(config: ConfigDict, *, image_size: int) -> RunSettings:
         if field.name != "steps" and config.method[field.name] is not None
     }
     wanted = {name: value for name, value in config.student.items() if value is not None}
-    bits = min(config.student.weight_bits, config.student.act_bits)
+    usual = dataclasses.asdict(QuantSpec())
+    bits = min({**usual, **wanted}[name] for name in ("weight_bits", "act_bits"))
     base = preset(config.method.preset, image_size=image_size, bits=bits)
     if config.steps is not None:
         chosen["steps"] = config.steps

@@ -29,6 +29,7 @@ from lrq_jax.training.reconstruction import (
     initial_block,
     reconstructed,
     reconstruction_step,
+    say_if_whole,
 )
 
 _CALLS = 3
@@ -115,6 +116,7 @@ def _of_reconstruction(name: str, job: Job, student: Variables) -> PhaseEstimate
     """All iterations of all blocks; what they read and must make is zeros."""
     method, shapes, mesh = job.spec.method, job.spec.graph.shapes, job.spec.mesh
     assert mesh is not None  # `prepare` makes one
+    say_if_whole(method, mesh)
     most = steps_per_dispatch(job.settings.steps_per_dispatch, mesh)
     count = iterations_per_call(method.reconstruction_iterations, most)
     timed: dict[tuple[Any, ...], dict[str, Any]] = {}

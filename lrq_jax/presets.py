@@ -29,7 +29,7 @@ class Task:
 
     Attributes:
       image_size: longer side of the teacher's images, pixels.
-      bits: of weights or of activations, whichever are fewer.
+      bits: of weights or of activations, whichever are fewer; layers' own (`overrides`) do not count.
     """
 
     image_size: int
@@ -220,7 +220,7 @@ def fast(task: Task) -> Preset:
     kernels' rates in units of their quantization steps, so that the size of
     channels, which batch norms undo, does not matter; the teacher's soft outputs and no labels (AIT,
     arXiv 2203.17008); a thousand images suffice, since they are only ever seen moved, mirrored and
-    mixed in pairs (mixup, arXiv 1710.09412); twice the steps at 3 bits and fewer.
+    mixed in pairs (mixup, arXiv 1710.09412); twice the steps at 3 bits and fewer [open].
     `docs/accuracy.md` says what each part bought.
     """
     steps = 500 if task.large_images else 1_000

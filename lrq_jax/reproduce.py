@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from typing import Any
 
@@ -26,7 +27,11 @@ def command(settings: RunSettings, *, image_size: int) -> str:
     """
     config = get_config()
     config.method.preset = settings.preset
+    plain = resolve(config, image_size=image_size).student
+    for name in ("weight_bits", "act_bits"):  # a preset is one of these bits
+        config.student[name] = getattr(settings.student, name)
     base = resolve(config, image_size=image_size)
+    base = dataclasses.replace(base, student=plain)
     flags = [_flag(PLACES["preset"], settings.preset)]
     for name, value in vars(settings).items():
         if name not in (*_GROUPS, "preset") and value != getattr(base, name):

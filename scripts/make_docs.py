@@ -28,7 +28,8 @@ def results_page() -> str:
         "in percent on all images after the last step; no step, seed or run was selected on them. Minutes",
         "are wall time on the machine named; with a star those of images taken from another run are not",
         "in it. A run is repeated by its command at its commit: a run whose name",
-        "says so (`before mixup`, `rate 5e-4`, `white noise`) was of an earlier recipe, and the same",
+        "says so (`before mixup`, `rate 5e-4`, `white noise`, `rounded to the nearest`, at 3 bits and fewer",
+        "`1,000 steps`) was of an earlier recipe, and the same",
         "command now runs today's. Where a command names a teacher or images, it is by the last part",
         "of their path. Figures vary a little from one processor to another, as sums are rounded.",
     ]
@@ -85,7 +86,7 @@ TEACHERS = {
 }
 """Label of `run_experiments.py --suite fast` -> the README's row."""
 CELLS = ("U W5A5", "U W4A4", "U W3A3", "R W4A4", "R W3A3", "R W2A4")
-RECIPES = {"": "", ", rounded to the nearest": "†", ", white noise": "*"}
+RECIPES = {"": "", ", 1,000 steps": "‡", ", rounded to the nearest": "†", ", white noise": "*"}
 """What the name of a run ends in -> the mark of its figure, today's recipe first."""
 
 

@@ -121,6 +121,7 @@ FAST_PARTS = {
         "--config.method.rounding=nearest",
         "--config.method.student_kernel_rate=0.0",
     ],
+    "1,000 steps": ["--config.steps=1000"],
     "2,000 steps": ["--config.steps=2000"],
     "2,000 steps of 32": [
         "--config.steps=2000",

@@ -418,6 +418,8 @@ def test_a_preset_runs_ever_longer_until_it_is_good_enough(benchmark_module, mon
     def run(command, workdir, cache):
         (steps,) = (int(x.partition("=")[2]) for x in command if x.startswith("--config.steps="))
         ran.append((steps, workdir, cache))
+        if drops[steps] is None:
+            raise RuntimeError("no memory")
         return {"steps": steps, "seconds": float(steps), "drop": drops[steps]}
 
     monkeypatch.setattr(module, "run", run)
@@ -427,6 +429,10 @@ def test_a_preset_runs_ever_longer_until_it_is_good_enough(benchmark_module, mon
     assert len({place for _, *places in ran for place in places}) == 6  # all new
     found = module.measure("fast", asked(module, "--most-steps", "300"))
     assert (found["reached"], len(found["runs"])) == (None, 2)
+    drops[200] = None
+    found = module.measure("fast", asked(module))
+    assert found["reached"] is None
+    assert found["runs"][1:] == [{"steps": 200, "error": "no memory"}]
 
 
 def test_the_commands_timed_are_of_their_presets(benchmark_module, monkeypatch):

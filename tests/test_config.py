@@ -222,7 +222,7 @@ def test_steps_are_the_configs_or_else_the_presets():
         assert resolve(config, image_size=32).method.steps == 1_000
         config.student[name] = 3
         assert resolve(config, image_size=32).method.steps == 2_000
-        config.student[name] = 4
+        config.student[name] = None  # the default, of 4
     for steps in (0, 1, 123):
         config.steps = steps
         assert resolve(config, image_size=32).method.steps == steps

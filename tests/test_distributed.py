@@ -21,7 +21,7 @@ from lrq_jax.writers.codes import load_student
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 REPOSITORY = Path(__file__).parents[1]
-STEPS, WARMUP = 24, 4
+STEPS, WARMUP = 40, 4
 LOST, REFUSED = 4, 2  # exit codes of lrq_jax.main, whose import reads the command line
 TINY_RUN = (
     "--config.data.name=",
@@ -51,7 +51,8 @@ def free_port():
 
 
 def start(workdir, *flags, config="digits_lrq", **environment):
-    """The command line as a person starts it, on one device; its teacher lies beside `workdir`."""
+    """The command line as a person starts it, on one device unless the environment says otherwise;
+    its teacher lies beside `workdir`."""
     flags = (
         f"--config={REPOSITORY / 'configs' / config}.py",
         f"--config.teacher.path={workdir.parent / 'teacher'}",  # needs no digits
@@ -59,7 +60,7 @@ def start(workdir, *flags, config="digits_lrq", **environment):
         *(LRQ if config == "digits_lrq" else FAST),
         *flags,
     )
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "lrq_jax.main", f"--workdir={workdir}", *flags],
         env={
             "PYTHONPATH": str(REPOSITORY),
@@ -74,6 +75,20 @@ def start(workdir, *flags, config="digits_lrq", **environment):
         stderr=subprocess.STDOUT,
         text=True,
     )
+    STARTED.append(process)
+    return process
+
+
+STARTED = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def none_is_left():
+    """A test that fails ends what it started."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
 
 
 LRQ = ("--config.method.student_optimizer=sgd",)
@@ -212,6 +227,7 @@ def test_two_processes_make_images_rebuild_blocks_and_train_as_one_and_outlive_t
     by_two = max(saved_steps(two))
     kill_after([start(two, config="fast")], 0, two, by_two + 4)
     by_one = max(saved_steps(two))
+    assert by_one < WARMUP + STEPS  # or nothing is left to do
     last = start_two(two, config="fast", devices=2)
     outputs = [process.communicate(timeout=600)[0] for process in last]
     assert [process.returncode for process in last] == [0, 0], outputs

@@ -286,9 +286,9 @@ def test_a_pool_is_used_again_by_a_student_of_other_bits(teacher, tmp_path):
 
 @pytest.mark.parametrize("images", ["generator", "noise"])
 def test_several_steps_a_dispatch_log_and_save_what_single_ones_do(teacher, tmp_path, images):
-    """A count that divides neither the phase nor the distance of logs and checkpoints, nor, of
-    noise, their iterations."""
-    method = {"images": images, "adam_epsilon": 1e-2, "student_optimizer": "sgd"}
+    """A count that divides neither the phase nor the distance of logs and checkpoints."""
+    method = {"images": images, "adam_epsilon": 1e-2, "student_optimizer": "sgd",
+              "noise_iterations": 4}  # fmt: skip
     settings = dataclasses.replace(
         tiny_settings(**NO_WARM_UP, **method, steps=7), log_every=1, checkpoint_every=3
     )

@@ -171,7 +171,8 @@ def test_bfloat16_is_used_where_it_is_said_and_stays_close():
 
 
 def test_the_student_is_float32_in_every_precision():
-    """Of the same images and the same lesson it makes the same loss and gradient, bit for bit."""
+    """Of the same images and the same lesson it makes the same loss and gradient, bit for bit; in
+    TF32, which a CPU computes as float32, by the argument of the next test."""
     calibrated = run_steps(settings_with())[0]
     noise = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
     plain = step_spec(TEACHER, settings_with(), None)

@@ -352,6 +352,18 @@ def test_the_command_in_the_report_repeats_the_run(make):
     assert len(re.findall(r"--config\.seed", line)) == (settings.seed != 0)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("steps", [None, 1_000, 2_000])
+def test_the_command_names_steps_that_are_not_the_presets_at_these_bits(bits, steps):
+    config = base_config()
+    config.student.weight_bits, config.steps = bits, steps
+    settings = resolve(config, image_size=32)
+    line = command(settings, image_size=32)
+    assert resolve(parsed(line), image_size=32) == settings
+    assert ("--config.steps=" in line) == (steps not in (None, {3: 2_000, 4: 1_000}[bits]))
+    assert ("weight_bits=3" in line) == (bits == 3)
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("size", [32, 224])
 def test_the_command_repeats_a_run_of_every_preset(preset, size):

@@ -91,12 +91,9 @@ def reconstructed(spec: StepSpec, variables: Variables, images: jax.Array, key: 
     """
     student, method = spec.student, spec.method
     mesh = spec.mesh or data_mesh(1)
-    size, devices = method.reconstruction_batch_size, mesh.devices.size
-    if size % devices:
-        say(
-            f"reconstruction: {size} images an iteration cannot be split "
-            f"over {devices} devices; each computes them all (method.reconstruction_batch_size)"
-        )
+    say_if_whole(method, mesh)
+    devices = mesh.devices.size
+    size = -(-method.reconstruction_batch_size // devices) * devices  # of passes of all images
     most = compilation.steps_per_dispatch(steps_per_dispatch, mesh)
     count = iterations_per_call(method.reconstruction_iterations, most)
     programs: dict[Any, Any] = {}
@@ -119,16 +116,28 @@ def reconstructed(spec: StepSpec, variables: Variables, images: jax.Array, key: 
             )  # fmt: skip
         name = f"block {number + 1}/{len(blocks)} ({block.output})"
         trainable = _learned(programs[kind], count, state, arguments, method, name)
+        inputs = target
+        del seen, arguments, state  # maps of all images, which the next pass need not hold
         learned = {
             kind: {old: entries[new] for old, new in names.items() if new in entries}
             for kind, entries in trainable.items()
         }
         variables = _with_choices(student.spec, block, variables, learned)
-        own, inputs = variables_of(variables, names), target
+        own = variables_of(variables, names)
         quantized = _in_batches(
             _hard_block, quantized, own, size, mesh=mesh, spec=student.spec, block=shared
         )
     return variables
+
+
+def say_if_whole(method: Method, mesh: Mesh) -> None:
+    """Says where a batch cannot be split, so that more devices make nothing faster."""
+    size, devices = method.reconstruction_batch_size, mesh.devices.size
+    if size % devices:
+        say(
+            f"reconstruction: {size} images an iteration cannot be split "
+            f"over {devices} devices; each computes them all (method.reconstruction_batch_size)"
+        )
 
 
 def _learned(program: Any, count: int, state: BlockState, arguments: tuple[Any, ...],
