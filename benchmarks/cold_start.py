@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import child_processes
-from provenance import REPOSITORY, provenance
+from provenance import REPOSITORY, provenance, report
 
 CONFIGS = {"fast": "configs/fast.py"}
 """Of presets that have one; the others run on `OTHERS`."""
@@ -137,12 +137,7 @@ def main() -> None:
     for preset in options.presets:
         about = provenance()
         found = measure(preset, teacher, options.batch, options.phase, options.warm_starts)
-        line = json.dumps({**found, **about})
-        print(line, flush=True)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        report({**found, **about}, options.out)
 
 
 if __name__ == "__main__":

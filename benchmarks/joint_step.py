@@ -47,7 +47,7 @@ from typing import Any
 
 import child_processes
 from joint_worker import PARTS, STEPS, Case
-from provenance import REPOSITORY, provenance
+from provenance import REPOSITORY, append, provenance
 
 from lrq_jax import huge_pages
 
@@ -85,14 +85,14 @@ GPU_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.35"}
 """What jax takes of a GPU at once, unless the environment says otherwise: all sides share it."""
 
 
-def _tunables() -> dict[str, str]:
+def _tunables() -> str:
     """glibc's for both sides: the caller's, and huge pages unless they say otherwise."""
-    return {huge_pages.VARIABLE: huge_pages.requested(os.environ.get(huge_pages.VARIABLE, ""))}
+    return huge_pages.requested(os.environ.get(huge_pages.VARIABLE, ""))
 
 
 def _huge_pages() -> bool:
     """Whether the sides get them: both or none."""
-    return huge_pages.given(*_tunables().values())
+    return huge_pages.given(_tunables())
 
 
 class DifferentSteps(RuntimeError):
@@ -117,7 +117,7 @@ class Worker:
         self._process = child_processes.start(
             [sys.executable, str(WORKER), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**GPU_MEMORY, **os.environ, **_tunables(), "PYTHONPATH": path,
+            env={**GPU_MEMORY, **os.environ, huge_pages.VARIABLE: _tunables(), "PYTHONPATH": path,
                  "THP_MEM_ALLOC_ENABLE": str(int(_huge_pages()))},
         )  # fmt: skip
         try:
@@ -386,7 +386,7 @@ def main() -> int:
     if unknown:
         parser.error(f"--only: found {unknown}, expected some of {sorted(known)}")
     child_processes.leave_on_sigterm()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told at once
     for name in options.only or (GPU_CASES if options.gpu else CASES):
         case = dataclasses.replace(
             known[name], compiled=options.compiled, precision=options.precision
@@ -400,14 +400,8 @@ def main() -> int:
         except (DifferentSteps, NotReady) as error:
             print(f"joint_step: {name}: {error}", file=sys.stderr)
             return 1
-        result = {
-            "name": name,
-            **result,
-            **about,
-            "huge_pages": _huge_pages(),
-        }
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        result = {"name": name, **result, **about, "huge_pages": _huge_pages()}
+        append(json.dumps(result), options.out)
         print(table(result), flush=True)
     return 0
 

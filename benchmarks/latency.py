@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from provenance import append
 from subjects import SUBJECTS, Subject
 
 from lrq_jax.bench import bench, table
@@ -80,8 +81,7 @@ def main() -> int:
         load = round(os.getloadavg()[0], 1)
         when = time.strftime("%Y-%m-%d", time.gmtime())
         entry = {"subject": name, "date": when, "load": load, **result}
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append(json.dumps(entry), options.out)
         print(table(result), flush=True)
     return 0
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from provenance import append
 from subjects import SUBJECTS, Subject
 
 from lrq_jax.bench import FLOAT_OPERATORS, INTEGER_OPERATORS
@@ -147,8 +148,7 @@ def main() -> int:
             entry = {"cell": cell, **measure(subject, ranges, bits, policy)}
             entry |= {"source": subject.source, "machine": machine(), "versions": versions}
             entry["seconds"] = round(time.monotonic() - clock, 1)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            append(json.dumps(entry), options.out)
             lines.append(json.dumps(entry))
             print(cell, json.dumps(entry["storages"]), f"{entry['seconds']} s", flush=True)
     storages = [s for line in lines for s in json.loads(line)["storages"].values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -19,6 +20,21 @@ def provenance() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": commit(REPOSITORY),
     }
+
+
+def report(entry: dict[str, Any], out: Path | None) -> None:
+    """Prints a result as a line of JSON, and appends it to a file if there is one."""
+    line = json.dumps(entry)
+    print(line, flush=True)
+    if out:
+        append(line, out)
+
+
+def append(line: str, out: Path) -> None:
+    """Appends a line to a file, whose folder is made if needed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def machine() -> dict[str, Any]:

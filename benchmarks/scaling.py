@@ -14,7 +14,6 @@ date and commit.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -24,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
+from provenance import provenance, report
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -158,12 +157,7 @@ def main() -> None:
         ]
     for point in points:
         about = provenance()
-        line = json.dumps({**point(), **about})
-        print(line, flush=True)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        report({**point(), **about}, options.out)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import child_processes
-from provenance import REPOSITORY, provenance
+from provenance import REPOSITORY, provenance, report
 
-from lrq_jax.presets import PRESETS, Task
+from lrq_jax import presets
 
 PUBLISHED_DROP = 3.7
 CONFIGS = {name: f"configs/{name}.py" for name in ("best", "fast", "squant")}
@@ -40,12 +40,9 @@ EVALUATION = "evaluation and export"
 def ladder(preset: str, first: int, most: int) -> list[int | None]:
     """Numbers of training steps to try, each twice the one before; None, once, where the preset
     has none."""
-    if not PRESETS[preset](Task(image_size=32)).method.steps:
+    if not presets.preset(preset, image_size=32).method.steps:
         return [None]
-    found = [first]
-    while found[-1] * 2 <= most:
-        found.append(found[-1] * 2)
-    return list(found)
+    return [first * 2**doublings for doublings in range(max(1, (most // first).bit_length()))]
 
 
 def command_of(preset: str, steps: int | None, options: argparse.Namespace, workdir: str) -> list[str]:  # fmt: skip
@@ -81,17 +78,17 @@ def run(command: list[str], workdir: Path, cache: Path) -> dict[str, Any]:
         if code:
             said.seek(0)
             raise RuntimeError(f"found exit code {code}; the command said: {said.read()[-500:]}")
-    report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
-    if report["drop"] is None:
+    found = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
+    if found["drop"] is None:
         raise RuntimeError("nothing was evaluated, expected labelled images: give --data")
-    phases = report["wall_seconds"]
+    phases = found["wall_seconds"]
     return {
-        "steps": report["steps"],
+        "steps": found["steps"],
         "seconds": round(seconds, 1),
-        "without_evaluation": round(sum(phases.values()) - phases.get(EVALUATION, 0.0), 1),
-        "drop": report["drop"],
-        "teacher": report["teacher"]["top1"],
-        "images": report["images"],
+        "without_evaluation": round(sum(phases.values()) - phases[EVALUATION], 1),
+        "drop": found["drop"],
+        "teacher": found["teacher"]["top1"],
+        "images": found["images"],
     }
 
 
@@ -121,7 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", required=True, help="a converted teacher, or `digits`")
     parser.add_argument("--data", help="folder of labelled test images; default: the digits")
     parser.add_argument(
-        "--presets", nargs="+", choices=sorted(PRESETS), default=("squant", "fast", "lrq", "gdfq")
+        "--presets",
+        nargs="+",
+        choices=sorted(presets.PRESETS),
+        default=("squant", "fast", "lrq", "gdfq"),
     )
     parser.add_argument("--drop", type=float, default=PUBLISHED_DROP, help="points of top-1")
     parser.add_argument("--bits", type=int, default=4, help="of weights and activations")
@@ -143,12 +143,7 @@ def main() -> None:
             setattr(options, name, str(Path(place).resolve()))
     for preset in options.presets:
         about = provenance()
-        line = json.dumps({**measure(preset, options), **about})
-        print(line, flush=True)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        report({**measure(preset, options), **about}, options.out)
 
 
 if __name__ == "__main__":

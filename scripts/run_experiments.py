@@ -129,6 +129,16 @@ FAST_PARTS = {
         "--config.method.warmup_steps=32",
         "--config.method.calibration_steps=32",
     ],
+    "half the rates": [
+        "--config.method.student_learning_rate=0.0001",
+        "--config.method.student_kernel_rate=0.0015",
+    ],
+    "temperature 10": ["--config.method.temperature=10"],
+    "2,048 images of 64 iterations": [
+        "--config.method.noise_batches=16",
+        "--config.method.noise_iterations=64",
+    ],
+    "learned rounding alone": ["--config.steps=0"],
     "higher rates": [
         "--config.method.student_learning_rate=0.0005",
         "--config.method.student_kernel_rate=0.006",

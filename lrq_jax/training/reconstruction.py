@@ -36,7 +36,7 @@ from lrq_jax.quantizers import adaround
 from lrq_jax.quantizers.affine import AffineParameters, affine_parameters, dequantize
 from lrq_jax.quantizers.ranges import stretched
 from lrq_jax.quantizers.rounding import weight_at_codes
-from lrq_jax.sharding import constrain_batch, data_mesh, replicated
+from lrq_jax.sharding import constrain_batch, replicated
 from lrq_jax.training import compilation
 from lrq_jax.training.compilation import compile_step, iterations_per_call, put_replicated
 from lrq_jax.training.errors import TrainingDiverged
@@ -79,7 +79,7 @@ def reconstructed(spec: StepSpec, variables: Variables, images: jax.Array, key: 
     Batches are split over the mesh where their size can be; images and states are copies on each device.
 
     Args:
-      spec: static description, its student of the `integer` placement; of its method the
+      spec: static description with its mesh, its student of the `integer` placement; of its method the
         `reconstruction_` fields.
       variables: calibrated, weights not yet rounded: they are the float network that is matched.
       images: `[N, H, W, C]` in the teacher's normalised input space.
@@ -90,7 +90,7 @@ def reconstructed(spec: StepSpec, variables: Variables, images: jax.Array, key: 
       TrainingDiverged: a loss stopped being finite.
     """
     student, method = spec.student, spec.method
-    mesh = spec.mesh or data_mesh(1)
+    mesh = spec.mesh
     say_if_whole(method, mesh)
     devices = mesh.devices.size
     size = -(-method.reconstruction_batch_size // devices) * devices  # of passes of all images
@@ -109,13 +109,13 @@ def reconstructed(spec: StepSpec, variables: Variables, images: jax.Array, key: 
         state = initial_block(spec, shared, own, jax.random.fold_in(key, number))
         # On the variables' devices, as what a step returns.
         state, arguments = put_replicated((state, (own, seen)), mesh)
-        kind = shared, tuple(x.shape for x in seen)
-        if kind not in programs:
-            programs[kind] = compile_step(
+        form = shared, tuple(x.shape for x in seen)
+        if form not in programs:
+            programs[form] = compile_step(
                 reconstruction_step, state, *arguments, mesh=mesh, count=count, spec=spec, block=shared
             )  # fmt: skip
         name = f"block {number + 1}/{len(blocks)} ({block.output})"
-        trainable = _learned(programs[kind], count, state, arguments, method, name)
+        trainable = _learned(programs[form], count, state, arguments, method, name)
         inputs = target
         del seen, arguments, state  # maps of all images, which the next pass need not hold
         learned = {
