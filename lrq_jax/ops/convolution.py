@@ -62,7 +62,29 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, strides: Pair = (1, 1),
 
 def _product_of_pixels(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:  # fmt: skip
     x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if padding != ((0, 0), (0, 0)) else x
-    return jnp.einsum("bhwc,cf->bhwf", x[:, :: strides[0], :: strides[1]], kernel[0, 0])
+    return _product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel`, `[B, H, W, C]` times `[C, F]`. XLA CPU transposes what stands on the left in the
+    product that is the kernel's gradient: here whichever of `x` and gradient has fewer channels."""
+    return jnp.einsum("bhwc,cf->bhwf", x, kernel)
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:  # fmt: skip
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    x, kernel = residuals
+    to_x = jnp.einsum("bhwf,cf->bhwc", grad, kernel)
+    if x.shape[-1] <= grad.shape[-1]:
+        return to_x, jnp.einsum("bhwc,bhwf->cf", x, grad)
+    return to_x, jnp.einsum("bhwf,bhwc->fc", grad, x).T
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _shifted_products_of_pixels(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lrq_jax.ops.by_platform import platform_form
+from lrq_jax.ops.computed_once import computed_once
 from lrq_jax.ops.divisors import largest_divisor, shares_of
 
 CACHED_VALUES = 2**18
@@ -45,6 +46,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padd
     def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return shifted_products(x, kernel, strides, padding, dilation)
 
+    def shifted_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return computed_once(shifted(x, kernel))
+
     def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return _grouped(x, kernel, strides, padding, dilation)
 
@@ -53,7 +57,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padd
             return _over_phases(x, kernel, dilation)
         return shifted(x, kernel)
 
-    return platform_form(x, kernel, cpu=shifted, gpu=on_gpu, default=grouped)
+    return platform_form(x, kernel, cpu=shifted_once, gpu=on_gpu, default=grouped)
 
 
 def _grouped(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding, dilation: Pair) -> jax.Array:  # fmt: skip
@@ -146,7 +150,7 @@ def _backward(strides: Pair, padding: Padding, dilation: Pair,
 
     def by_hand(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> Gradients:
         return (
-            _input_gradient(x.shape, kernel, grad, *window),
+            computed_once(_input_gradient(x.shape, kernel, grad, *window)),
             _kernel_gradient(x, kernel.shape, grad, *window),
         )
 

@@ -19,6 +19,7 @@ from jax import lax
 from lrq_jax.graph import INPUT
 from lrq_jax.graph import layers as L
 from lrq_jax.ops.by_platform import platform_form, traced_once
+from lrq_jax.ops.computed_once import computed_once
 from lrq_jax.ops.convolution import int8_conv2d, int8_is_fast, integer_conv2d, integer_dense
 from lrq_jax.ops.division import divide
 from lrq_jax.ops.kept import kept
@@ -171,13 +172,15 @@ def _surrogate(operation: Operation, value: jax.Array, parameters: AffineParamet
                clip_mask: bool) -> jax.Array:  # fmt: skip
     """What the gradient sees of a requantized value, in codes."""
     scale, zero_point = parameters
+    high = top_code(operation.output_bits) - zero_point if clip_mask else None
     if operation.activation is not None:
         value = jax.nn.relu(value)
         if operation.activation.kind == "relu6":
-            value = jnp.minimum(value, 6.0 / scale)
-    if clip_mask:
-        top = top_code(operation.output_bits)
-        value = clip_inclusive(value, -zero_point, top - zero_point)
+            ceiling = 6.0 / scale
+            high = ceiling if high is None else clip_inclusive(ceiling, -jnp.inf, high)
+    if high is not None:
+        low = -zero_point if clip_mask else -jnp.inf
+        value = clip_inclusive(value, low, high)
     return value + zero_point
 
 
@@ -275,12 +278,6 @@ def fused_multiply_add(code: jax.Array, factor: jax.Array, addend: jax.Array) ->
     return total + lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _computed_once(codes: jax.Array) -> jax.Array:
-    """The same codes. XLA CPU repeats cheap arithmetic inside every reader's loop, and a residual
-    sum has several; an integer remainder, here by more than any code, counts as dear to it."""
-    return lax.rem(codes.astype(jnp.uint32), jnp.uint32(257)).astype(jnp.float32)
-
-
 def sum_of_codes(a: QuantizedTensor, b: QuantizedTensor, parameters: AffineParameters,
                  bits: int) -> jax.Array:  # fmt: skip
     """Codes of `a + b` under the output's parameters: `clip(rint(fma(a, s_a/s_c, fma(b, s_b/s_c,
@@ -306,7 +303,8 @@ def _add(layer: L.Add, operation: Operation, source: Source, clip_mask: bool, a:
         bits,
         lambda: _activate(operation, a.centred * a.scale + b.centred * b.scale),
     )
-    exact = _computed_once(sum_of_codes(a, b, parameters, bits))
+    # A residual sum has several readers.
+    exact = computed_once(sum_of_codes(a, b, parameters, bits))
     ratio_a, ratio_b = divide(a.scale, parameters.scale), divide(b.scale, parameters.scale)
     value = a.centred * ratio_a + b.centred * ratio_b
     codes = straight_through(exact, _surrogate(operation, value, parameters, clip_mask))
