@@ -1,6 +1,7 @@
 """The integer network against a second one in numpy int64, and the properties it must have."""
 
 import functools
+import types
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from lrq_jax.passes import (
 )
 from lrq_jax.passes.integer_forward import (
     QuantizedWeights,
+    _surrogate,
     fused_multiply_add,
     integer_forward,
 )
@@ -538,6 +540,36 @@ def test_the_trained_forward_is_the_frozen_network(build, bits):
     if max(biases) == 0:
         np.testing.assert_array_equal(logits, expected)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.4, 0.7])
+@pytest.mark.parametrize("clip_mask", [False, True])
+@pytest.mark.parametrize("kind", [None, "relu", "relu6"])
+def test_gradients_are_masked_where_activations_and_codes_end(kind, clip_mask, scale):
+    """To values and to the scale, of 4 bits: below 0 by a rectifier, above 6 by ReLU6, whose
+    ceiling moves with the scale in codes, and beyond the codes, whichever comes first."""
+    activation = None if kind is None else L.Activation(name="a", inputs=("x",), kind=kind)
+    operation = types.SimpleNamespace(activation=activation, output_bits=4)
+    zero_point = 5 if kind is None else 0
+    values = jnp.asarray([-40.0, -4.9, -1.0, 0.0, 0.5, 8.0, 9.9, 14.9, 15.1, 23.9, 24.1, 90.0])
+
+    def codes(values, scale):
+        parameters = AffineParameters(scale, jnp.float32(zero_point))
+        return _surrogate(operation, values, parameters, clip_mask)
+
+    found = jax.jit(jax.jacrev(codes, (0, 1)))(values, jnp.float32(scale))
+    expected, to_scale = np.ones(values.size), np.zeros(values.size)
+    ceiling = 6 / np.float32(scale)
+    for i, value in enumerate(np.asarray(values)):
+        if kind is not None and value <= 0:
+            expected[i] = 0
+        if kind == "relu6" and value > ceiling:
+            expected[i] = 0
+            to_scale[i] = -ceiling / scale if ceiling <= 15 or not clip_mask else 0
+        if clip_mask and not 0 <= value + zero_point <= 15:
+            expected[i] = 0
+    np.testing.assert_array_equal(np.diag(found[0]), expected)
+    np.testing.assert_allclose(found[1], to_scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize("build", GRAPHS)

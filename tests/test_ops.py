@@ -14,6 +14,7 @@ from jax import lax
 import lrq_jax
 from lrq_jax.ops import convolution, depthwise, kernel_gradient, upsample
 from lrq_jax.ops.by_platform import by_platform, platform_form, traced_once, tracing_for
+from lrq_jax.ops.computed_once import computed_once
 from lrq_jax.ops.convolution import conv2d, integer_conv2d, integer_dense
 from lrq_jax.ops.depthwise import depthwise_conv
 from lrq_jax.ops.division import divide
@@ -107,6 +108,26 @@ def test_depthwise_is_the_grouped_convolution_in_value_and_both_gradients(
     )  # fmt: skip
     expected = naive_conv2d(np.float64(x), np.float64(kernel), *settings, 5)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_readers_of_a_depthwise_convolution_do_not_compute_it_again_on_a_cpu():
+    """Neither of its value nor of its gradient to the images."""
+    cpu = jax.devices("cpu")[0]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 8, 8, 16), (3, 3, 1, 16))]
+    window = ((1, 1), ((1, 1), (1, 1)), (1, 1))
+
+    def products(readers):
+        def function(x, kernel):
+            y, pullback = jax.vjp(lambda x: depthwise_conv(x, kernel, *window), x)
+            (back,) = pullback(jnp.cos(x))
+            return [reader(z) for z in (y, back) for reader in readers]
+
+        with tracing_for("cpu"), jax.default_device(cpu):
+            return jax.jit(function).lower(*shapes).compile().cost_analysis()["flops"]
+
+    one = lambda y: jnp.clip(y, 0.0, 4.0)  # noqa: E731
+    other = lambda y: jnp.flip(jnp.where(y > 2.0, y, 1.0), 1)  # noqa: E731
+    assert products([one, other]) < 1.3 * products([one])
 
 
 @pytest.mark.parametrize("window", ["7x7 dilation 3", "nothing symmetric"])
@@ -289,6 +310,7 @@ CONVOLUTIONS = {
     "few features strides": ((2, 1, 6, 3), {"strides": (1, 2)}),
     "few features dilation": ((2, 1, 6, 3), {"dilation": (2, 1)}),
     "1x1": ((1, 1, 6, 4), {}),
+    "1x1 widening": ((1, 1, 6, 9), {}),
     "1x1 strides": ((1, 1, 6, 4), {"strides": (2, 3)}),
     "1x1 padding": ((1, 1, 6, 4), {"padding": ((1, 2), (0, 3))}),
     "1x1 padding of the width": ((1, 1, 6, 4), {"padding": ((0, 0), (2, 0))}),
@@ -572,9 +594,19 @@ def test_division_has_the_ordinary_gradient(rng):
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-# ---- straight-through --------------------------------------------------------------------------
-
 AWKWARD = np.float32([-0.0, 1e-45, 1e30, -3.4e38, 16777217, 0.1, np.inf, np.nan])
+
+
+def test_computed_once_changes_no_bit():
+    for function in (computed_once, jax.jit(computed_once)):
+        for values in (AWKWARD, -AWKWARD):
+            found = np.asarray(function(jnp.asarray(values)))
+            np.testing.assert_array_equal(found.view(np.uint32), values.view(np.uint32))
+    half = jnp.asarray(AWKWARD, jnp.bfloat16)
+    assert computed_once(half) is half
+
+
+# ---- straight-through --------------------------------------------------------------------------
 
 
 def test_straight_through_is_bit_exact_and_the_surrogate_is_not_in_the_value():

@@ -12,6 +12,7 @@ from jax import lax
 from lrq_jax.ops.by_platform import by_platform, platform_form, traced_once
 from lrq_jax.ops.depthwise import depthwise_conv
 from lrq_jax.ops.kernel_gradient import convolution
+from lrq_jax.ops.pointwise import pointwise_product
 from lrq_jax.ops.products import product_of_windows
 from lrq_jax.ops.straight_through import straight_through
 
@@ -62,29 +63,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, strides: Pair = (1, 1),
 
 def _product_of_pixels(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:  # fmt: skip
     x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if padding != ((0, 0), (0, 0)) else x
-    return _product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
-
-
-@jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel`, `[B, H, W, C]` times `[C, F]`. XLA CPU transposes what stands on the left in the
-    product that is the kernel's gradient: here whichever of `x` and gradient has fewer channels."""
-    return jnp.einsum("bhwc,cf->bhwf", x, kernel)
-
-
-def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:  # fmt: skip
-    return _product(x, kernel), (x, kernel)
-
-
-def _product_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    x, kernel = residuals
-    to_x = jnp.einsum("bhwf,cf->bhwc", grad, kernel)
-    if x.shape[-1] <= grad.shape[-1]:
-        return to_x, jnp.einsum("bhwc,bhwf->cf", x, grad)
-    return to_x, jnp.einsum("bhwf,bhwc->fc", grad, x).T
-
-
-_product.defvjp(_product_forward, _product_backward)
+    return pointwise_product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
 
 
 def _shifted_products_of_pixels(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
@@ -92,7 +71,7 @@ def _shifted_products_of_pixels(x: jax.Array, kernel: jax.Array, padding: Paddin
     no larger than `x`: as many a pixel as the kernel has taps and features."""
     rows, columns, channels, features = kernel.shape
     taps = jnp.moveaxis(kernel, 2, 0).reshape(channels, -1)
-    products = jnp.dot(x, taps).reshape(*x.shape[:3], rows, columns, features)
+    products = pointwise_product(x, taps).reshape(*x.shape[:3], rows, columns, features)
     products = jnp.pad(products, ((0, 0), *padding, (0, 0), (0, 0), (0, 0)))
     height, width = products.shape[1] - rows + 1, products.shape[2] - columns + 1
     total: Any = 0

@@ -8,6 +8,7 @@ from jax import lax
 
 from lrq_jax.ops.by_platform import by_platform, traced_once
 from lrq_jax.ops.convolution import conv2d
+from lrq_jax.ops.pointwise import pointwise_product
 
 _PRECISION = "jax_default_matmul_precision"
 
@@ -87,15 +88,19 @@ def _by_differences(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return taps.sum(0), -taps[0], taps[2]
 
     plain, *across = at(whole)
-    level = jnp.dot(x, plain)
-    sideways = [jnp.dot(columns, taps)[:, :, b : b + width] for b, taps in enumerate(across)]
+    level = pointwise_product(x, plain)
+    sideways = [
+        pointwise_product(columns, taps)[:, :, b : b + width] for b, taps in enumerate(across)
+    ]
     phases = []
     for a, taps in enumerate(parities):
         along, *corners = at(taps)
-        down = level + jnp.dot(rows, along)[:, a : a + height]
+        down = level + pointwise_product(rows, along)[:, a : a + height]
         phases.append(
             [
-                down + sideways[b] + jnp.dot(both, corner)[:, a : a + height, b : b + width]
+                down
+                + sideways[b]
+                + pointwise_product(both, corner)[:, a : a + height, b : b + width]
                 for b, corner in enumerate(corners)
             ]
         )
