@@ -144,6 +144,61 @@ FAST_PARTS = {
         "--config.method.student_kernel_rate=0.006",
     ],
 }
+SHORT = [
+    *_bits(3, 3),
+    "--config.steps=300",
+    "--config.method.reconstruction_iterations=100",
+    "--config.method.noise_batches=2",
+]
+"""`fast` in a quarter of the images, rounding and a seventh of the steps: minutes a cell, for
+parts to be switched on and off. At 3 bits, where they differ most."""
+ABLATED = {
+    name: FAST_PARTS[name]
+    for name in (
+        "fast",
+        "no mixup",
+        "rounded to the nearest",
+        "one rate for all",
+        "channel alignment",
+        "activation map alignment",
+        "perturbation",
+        "averaged weights",
+        "inundation",
+        "equalized",
+        "white noise",
+        "low pass",
+        "swing",
+        "image statistics",
+        "latents",
+    )
+} | {
+    "step sizes as searched": ["--config.student.learned_steps=none"],
+    "ranges from extremes": [
+        "--config.student.weight_observer=min_max",
+        "--config.student.act_observer=min_max",
+    ],
+    "gradients unclipped": ["--config.method.gradient_clip=1e9"],
+    "labels": ["--config.method.ce_weight=1.0"],
+    "labels of easy images": ["--config.method.ce_weight=1.0", "--config.method.ce_hardest=0.3"],
+    "decoupled distillation": ["--config.method.student_loss=dkd"],
+    "plain variances": ["--config.method.noise_statistics=variance"],
+    "deviations": ["--config.method.noise_statistics=deviation"],
+    "no classes": ["--config.method.noise_target_weight=0.0"],
+    "focal classes": ["--config.method.class_focus=2.0"],
+    "class probabilities": [
+        "--config.method.noise_target=probability",
+        "--config.method.noise_lowest_target=0.95",
+    ],
+    "feature distances": [
+        "--config.method.ama_weight=1.0",
+        "--config.method.ama_margin=0.0",
+        "--config.method.ama_lower=0.05",
+    ],
+    "images not moved while made": [
+        "--config.method.noise_augmentation=none",
+        "--config.method.noise_augment_probability=0.0",
+    ],
+}
 _POOL = ["--config.method.noise_iterations=250", "--config.method.noise_plateau_patience=12"]
 _OWN_TEMPERATURE = ["--config.method.temperature=20"]
 TEN_MINUTES = {
@@ -174,6 +229,10 @@ SUITES = {
     "best": ("configs/best.py", FAST),
     "fast": ("configs/fast.py", FAST),
     "fast_parts": ("configs/fast.py", FAST_PARTS),
+    "fast_ablation": (
+        "configs/fast.py",
+        {name: [*SHORT, *flags] for name, flags in ABLATED.items()},
+    ),
     "ten_minutes": (
         "configs/r20_cifar10.py",
         {
