@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from test_steps import tiny_teacher
 
 from lrq_jax import processes
@@ -101,7 +102,7 @@ FAST = (
 )
 
 
-def start_two(workdir, config="digits_lrq", devices=1):
+def start_two(workdir, *flags, config="digits_lrq", devices=1):
     """Two of the processes of `start`, of so many devices each."""
     shared = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
@@ -112,6 +113,7 @@ def start_two(workdir, config="digits_lrq", devices=1):
         start(
             workdir,
             "--config.distributed=True",
+            *flags,
             config=config,
             **shared,
             JAX_PROCESS_ID=str(number),
@@ -125,6 +127,15 @@ def losses_of(workdir, steps=tuple(range(1, WARMUP + STEPS + 1))):
     entries = [json.loads(line) for line in lines]
     assert [entry["step"] for entry in entries] == list(steps)
     return [{k: v for k, v in e.items() if isinstance(v, float)} for e in entries]
+
+
+def assert_same_losses(alone, two, steps):
+    """Of two runs of `fast`, but for sums in another order."""
+    for one, both in zip(losses_of(alone, steps), losses_of(two, steps), strict=True):
+        assert one.keys() == both.keys()
+        for name, value in one.items():
+            if name != "student/agreement":  # of the size of cross-entropies, about 5
+                assert both[name] == pytest.approx(value, abs=5e-5, rel=0), name
 
 
 def saved_steps(workdir):
@@ -234,16 +245,35 @@ def test_two_processes_make_images_rebuild_blocks_and_train_as_one_and_outlive_t
     assert f"resuming after step {by_one}\n" in outputs[0]
 
     steps = (*range(1, WARMUP + 1), *range(WARMUP + 2, WARMUP + STEPS + 2))  # reconstruction: one
-    for one, both in zip(losses_of(tmp_path / "alone", steps), losses_of(two, steps), strict=True):
-        assert one.keys() == both.keys()
-        for name, value in one.items():
-            if name != "student/agreement":  # of the size of cross-entropies, about 5
-                assert both[name] == pytest.approx(value, abs=5e-5, rel=0), name
+    assert_same_losses(tmp_path / "alone", two, steps)
     pools = [
         [np.load(path)["images"] for path in sorted((run / "pool").glob("*.npz"))]
         for run in (tmp_path / "alone", two)
     ]
     np.testing.assert_allclose(*pools, atol=1e-4)
+
+
+def test_two_processes_train_on_real_images_as_one(tmp_path):
+    """Each reads the images itself; the batches are those of one process."""
+    save_teacher(tiny_teacher(), tmp_path / "teacher")
+    rng = np.random.default_rng(0)
+    for label in range(2):
+        (tmp_path / "real" / f"{label}").mkdir(parents=True)
+        for number in range(8):
+            pixels = rng.integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "real" / f"{label}" / f"{number}.png")
+    flags = (
+        "--config.method.images=folder",
+        "--config.method.rounding=nearest",
+        f"--config.data.train_path={tmp_path / 'real'}",
+        "--config.data.train_images=16",
+    )
+    started = [start(tmp_path / "alone", *flags, config="fast")]
+    started += start_two(tmp_path / "two", *flags, config="fast")
+    outputs = [process.communicate(timeout=600)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], outputs
+    steps = range(1, WARMUP + STEPS + 1)
+    assert_same_losses(tmp_path / "alone", tmp_path / "two", steps)
 
 
 @pytest.mark.parametrize(
