@@ -20,8 +20,9 @@ from lrq_jax.ops.by_platform import platform_form
 from lrq_jax.ops.computed_once import computed_once
 from lrq_jax.ops.divisors import largest_divisor, shares_of
 
-CACHED_VALUES = 2**18
-"""Of each of two arrays that are multiplied again and again: 1 MiB each."""
+CACHED_VALUES = 2**15
+"""Of each of two arrays that are multiplied again and again: 128 KiB each. Larger ones take twice the
+time, a second processor or not; smaller ones cost more calls."""
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
