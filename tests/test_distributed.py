@@ -259,7 +259,7 @@ def test_two_processes_train_on_real_images_as_one(tmp_path):
     rng = np.random.default_rng(0)
     for label in range(2):
         (tmp_path / "real" / f"{label}").mkdir(parents=True)
-        for number in range(8):
+        for number in range(10):
             pixels = rng.integers(0, 256, (8, 8), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "real" / f"{label}" / f"{number}.png")
     flags = (

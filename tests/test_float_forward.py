@@ -350,19 +350,3 @@ def test_statistics_and_inputs_are_left_alone():
     float_logits(graph, variables, images)
     jax.tree.map(np.testing.assert_array_equal, before, variables)
     assert set(variables["params"]["conv0"]) == {"kernel"}
-
-
-def test_relu6_has_no_gradient_at_its_ends_and_hides_no_nan():
-    """As PyTorch's."""
-    net = GraphBuilder("six", input_shape=(1, 1, 7))
-    net.relu6(net.image)
-    graph = net.build()
-    x = jnp.asarray([-1.0, -0.0, 0.0, 3.0, 6.0, 7.0, jnp.nan]).reshape(1, 1, 1, 7)
-
-    def total(x):
-        y = float_forward(graph, {"params": {}, "batch_stats": {}}, x, (graph.output,))
-        return jnp.sum(y[graph.output]), y[graph.output]
-
-    gradient, value = jax.grad(total, has_aux=True)(x)
-    np.testing.assert_array_equal(np.ravel(gradient)[:6], [0, 0, 0, 1, 0, 0])
-    np.testing.assert_array_equal(np.ravel(value), [0, 0, 0, 3, 6, 6, np.nan])

@@ -542,16 +542,18 @@ def test_the_trained_forward_is_the_frozen_network(build, bits):
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [0.25, 0.4, 0.7])
+@pytest.mark.parametrize("scale", [0.25, 0.4, 0.5, 0.7])
 @pytest.mark.parametrize("clip_mask", [False, True])
 @pytest.mark.parametrize("kind", [None, "relu", "relu6"])
 def test_gradients_are_masked_where_activations_and_codes_end(kind, clip_mask, scale):
-    """To values and to the scale, of 4 bits: below 0 by a rectifier, above 6 by ReLU6, whose
+    """To values and to the scale, of 4 bits: up to 0 by a rectifier, from 6 on by ReLU6, whose
     ceiling moves with the scale in codes, and beyond the codes, whichever comes first."""
     activation = None if kind is None else L.Activation(name="a", inputs=("x",), kind=kind)
     operation = types.SimpleNamespace(activation=activation, output_bits=4)
     zero_point = 5 if kind is None else 0
-    values = jnp.asarray([-40.0, -4.9, -1.0, 0.0, 0.5, 8.0, 9.9, 14.9, 15.1, 23.9, 24.1, 90.0])
+    values = jnp.asarray(
+        [-40, -5, -4.9, -1, 0, 0.5, 9.9, 10, 10.1, 11.9, 12, 12.1, 14.9, 15, 15.1, 23.9, 24, 90], jnp.float32
+    )  # fmt: skip
 
     def codes(values, scale):
         parameters = AffineParameters(scale, jnp.float32(zero_point))
@@ -563,7 +565,7 @@ def test_gradients_are_masked_where_activations_and_codes_end(kind, clip_mask, s
     for i, value in enumerate(np.asarray(values)):
         if kind is not None and value <= 0:
             expected[i] = 0
-        if kind == "relu6" and value > ceiling:
+        if kind == "relu6" and value >= ceiling:
             expected[i] = 0
             to_scale[i] = -ceiling / scale if ceiling <= 15 or not clip_mask else 0
         if clip_mask and not 0 <= value + zero_point <= 15:

@@ -19,6 +19,7 @@ from lrq_jax.ops.convolution import conv2d, integer_conv2d, integer_dense
 from lrq_jax.ops.depthwise import depthwise_conv
 from lrq_jax.ops.division import divide
 from lrq_jax.ops.divisors import shares_of
+from lrq_jax.ops.pointwise import pointwise_product
 from lrq_jax.ops.products import product_of_windows
 from lrq_jax.ops.straight_through import clip_inclusive, round_through, straight_through
 from lrq_jax.ops.upsample import upsample_conv3x3, upsample_nearest
@@ -602,8 +603,38 @@ def test_computed_once_changes_no_bit():
         for values in (AWKWARD, -AWKWARD):
             found = np.asarray(function(jnp.asarray(values)))
             np.testing.assert_array_equal(found.view(np.uint32), values.view(np.uint32))
+    last = np.full(1, 0xFFFFFFFF, np.uint32).view(np.float32)  # a NaN that no arithmetic makes
+    assert np.isnan(computed_once(jnp.asarray(last)))
     half = jnp.asarray(AWKWARD, jnp.bfloat16)
     assert computed_once(half) is half
+
+
+def test_a_depthwise_gradient_has_gradients_of_its_own(platform, rng):
+    x, kernel = (jnp.asarray(_normal(rng, *shape)) for shape in ((1, 5, 5, 2), (3, 3, 1, 2)))
+    window = ((1, 1), ((1, 1), (1, 1)), (1, 1))
+
+    def steepness(function):
+        def squares(x, kernel):
+            gradient = jax.grad(lambda x: jnp.sum(function(x, kernel) ** 2))(x)
+            return jnp.sum(gradient**2)
+
+        return jax.jit(jax.grad(squares, (0, 1)), compiler_options=FAST)(x, kernel)
+
+    found = steepness(lambda x, k: depthwise_conv(x, k, *window))
+    expected = steepness(lambda x, k: _plain(x, k, *window, 2))
+    _assert_close([f / 100 for f in found], [e / 100 for e in expected])
+
+
+def test_the_kernel_gradient_of_a_product_of_pixels_moves_no_map_on_a_cpu():
+    def copies(product):
+        x, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 8, 8, 24), (24, 8)))
+        loss = lambda x, k: jnp.sum(jnp.cos(product(x, k)))  # noqa: E731
+        text = jax.jit(jax.grad(loss, 1)).lower(x, kernel).compile().as_text()
+        return len(re.findall(r" (?:copy|transpose)\(.*", text))
+
+    if jax.default_backend() != "cpu":
+        pytest.skip("XLA's other backends transpose as they like")
+    assert copies(pointwise_product) < copies(jnp.dot)
 
 
 # ---- straight-through --------------------------------------------------------------------------

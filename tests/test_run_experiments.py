@@ -1,5 +1,6 @@
 """Experiments: which noise images a cell takes over from another, which commit its log names."""
 
+import functools
 import json
 import runpy
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from lrq_jax.config import resolve
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "run_experiments.py"))
 pool_of = SCRIPT["_pool_of"]
@@ -110,3 +113,24 @@ def test_bits_that_cannot_be_given_are_refused(monkeypatch, capsys, flags, words
     monkeypatch.setattr(sys, "argv", ["allocate_bits.py", *flags])
     assert script["main"]() == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", sorted(SCRIPT["SUITES"]))
+def test_cells_of_a_suite_are_possible_and_no_two_the_same(suite):
+    path, cells = SCRIPT["SUITES"][suite]
+    found = {}
+    for cell, flags in cells.items():
+        config = runpy.run_path(str(Path(__file__).parents[1] / path))["get_config"]()
+        if SCRIPT["REAL"][0] in flags:
+            config.data.train_path = "real"
+        for flag in flags:
+            name, _, text = flag.removeprefix("--config.").partition("=")
+            *parents, field = name.split(".")
+            part = functools.reduce(getattr, parents, config)
+            kept = part.get_type(field)
+            part[field] = text == "True" if kept is bool else kept(text)
+        settings = resolve(config, image_size=32)
+        assert not settings.method.without_effect, cell
+        if not cell.endswith(",000 steps"):  # the preset has one of both, by its bits
+            assert settings not in found.values(), cell
+        found[cell] = settings

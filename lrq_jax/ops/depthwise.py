@@ -10,10 +10,12 @@ used. The forms are chosen when a program is lowered, so one function serves eve
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lrq_jax.ops.by_platform import platform_form
@@ -21,8 +23,8 @@ from lrq_jax.ops.computed_once import computed_once
 from lrq_jax.ops.divisors import largest_divisor, shares_of
 
 CACHED_VALUES = 2**15
-"""Of each of two arrays that are multiplied again and again: 128 KiB each. Larger ones take twice the
-time, a second processor or not; smaller ones cost more calls."""
+"""Of each of two arrays that are multiplied again and again: 128 KiB each. With 1 MiB the attention's
+and MobileNets' 3x3 gradients at 32 px take twice the time, with 32 KiB slightly longer (Intel Xeon)."""
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
@@ -200,8 +202,8 @@ def _kernel_gradient(x: jax.Array, kernel_shape: tuple[int, ...], grad: jax.Arra
                      padding: Padding, dilation: Pair) -> jax.Array:  # fmt: skip
     """Per offset, ones @ (shifted input * gradient): a matrix product sums faster than a reduce.
 
-    All offsets of a part that stays in a processor's cache before the next part: 4 times faster
-    than offset by offset over the whole.
+    All offsets of a part that stays in a processor's cache before the next part: several times
+    faster than offset by offset over the whole.
     """
     batch, height, width, channels = grad.shape
     shares = shares_of(batch)
@@ -225,12 +227,8 @@ def _kernel_gradient(x: jax.Array, kernel_shape: tuple[int, ...], grad: jax.Arra
         return jnp.einsum("sn,snc->sc", ones, products)
 
     offsets = _offsets(kernel_shape)
-    places = [
-        (number, top, i, j)
-        for number in range(batch // images)
-        for top in range(0, height, rows)
-        for i, j in offsets
-    ]
+    parts = itertools.product(range(batch // images), range(0, height, rows), offsets)
+    places = np.asarray([(number, top, i, j) for number, top, (i, j) in parts])
     taps = lax.map(tap, jnp.asarray(places)).reshape(-1, len(offsets), shares, channels)
     return taps.sum((0, 2)).reshape(*kernel_shape[:2], 1, channels)
 

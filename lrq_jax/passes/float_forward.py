@@ -113,10 +113,6 @@ def _batch_norm(layer: L.BatchNorm, params: dict, x: jax.Array) -> jax.Array:
 def _activation(layer: L.Activation, params: dict, x: jax.Array) -> jax.Array:
     if layer.kind == "leaky_relu":
         return jax.nn.leaky_relu(x, layer.negative_slope)
-    if layer.kind == "relu6":
-        # jax.nn.relu6 halves gradients at the ends, for which masks of the size of x are stored;
-        # there is none at either, as in PyTorch.
-        return jnp.where(x >= 6, jnp.asarray(6, x.dtype), jax.nn.relu(x))
     return getattr(jax.nn, layer.kind)(x)
 
 

@@ -172,15 +172,15 @@ def _surrogate(operation: Operation, value: jax.Array, parameters: AffineParamet
                clip_mask: bool) -> jax.Array:  # fmt: skip
     """What the gradient sees of a requantized value, in codes."""
     scale, zero_point = parameters
-    high = top_code(operation.output_bits) - zero_point if clip_mask else None
     if operation.activation is not None:
         value = jax.nn.relu(value)
         if operation.activation.kind == "relu6":
+            # Of a minimum jax would store two masks of the size of the map.
             ceiling = 6.0 / scale
-            high = ceiling if high is None else clip_inclusive(ceiling, -jnp.inf, high)
-    if high is not None:
-        low = -zero_point if clip_mask else -jnp.inf
-        value = clip_inclusive(value, low, high)
+            value = jnp.where(value >= ceiling, ceiling, value)
+    if clip_mask:
+        top = top_code(operation.output_bits)
+        value = clip_inclusive(value, -zero_point, top - zero_point)
     return value + zero_point
 
 
