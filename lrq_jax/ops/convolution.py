@@ -71,7 +71,7 @@ def _shifted_products_of_pixels(x: jax.Array, kernel: jax.Array, padding: Paddin
     no larger than `x`: as many a pixel as the kernel has taps and features."""
     rows, columns, channels, features = kernel.shape
     taps = jnp.moveaxis(kernel, 2, 0).reshape(channels, -1)
-    products = pointwise_product(x, taps).reshape(*x.shape[:3], rows, columns, features)
+    products = jnp.dot(x, taps).reshape(*x.shape[:3], rows, columns, features)
     products = jnp.pad(products, ((0, 0), *padding, (0, 0), (0, 0), (0, 0)))
     height, width = products.shape[1] - rows + 1, products.shape[2] - columns + 1
     total: Any = 0

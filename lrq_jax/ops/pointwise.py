@@ -15,9 +15,11 @@ def pointwise_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     times as slow as the product of matrices alone. It reads a transposed matrix where it is one of
     two axes, faster the fewer its columns.
 
+    In reverse mode only, as every `jax.custom_vjp`.
+
     Args:
       x: `[..., C]`.
-      kernel: `[C, F]`.
+      kernel: `[C, F]`, of the same type.
 
     Returns:
       `[..., F]`.
