@@ -148,7 +148,7 @@ def test_flags_of_benchmarks_and_experiments_exist(line, monkeypatch):
     import runpy
 
     script, *flags = shlex.split(line.replace("--suite SUITE", "--suite fast"))[1:]
-    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "benchmarks"), *sys.path])
+    monkeypatch.syspath_prepend((REPOSITORY / script).parent)  # as when it is started
     parser = runpy.run_path(str(REPOSITORY / script))["_parser"]()
     if flags:  # else the script is named only
         parser.parse_args([flag for flag in flags if flag != "[...]"])

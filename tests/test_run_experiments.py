@@ -11,7 +11,10 @@ import pytest
 
 from lrq_jax.config import resolve
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "run_experiments.py"))
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+with pytest.MonkeyPatch.context() as patch:  # as when it is started
+    patch.syspath_prepend(SCRIPTS)
+    SCRIPT = runpy.run_path(str(SCRIPTS / "run_experiments.py"))
 pool_of = SCRIPT["_pool_of"]
 
 CELLS = {
@@ -89,7 +92,7 @@ def test_logs_that_runs_write_do_not_make_the_commit_dirty(tmp_path):
     ],
 )  # fmt: skip
 def test_a_cell_that_cannot_run_ends_in_a_message(tmp_path, flags, words):
-    script = Path(__file__).parents[1] / "scripts" / "run_experiments.py"
+    script = SCRIPTS / "run_experiments.py"
     command = [sys.executable, script, "--suite", "ingredients", "--out", "out", "--runs", "runs"]
     result = subprocess.run(
         command + flags, cwd=tmp_path, capture_output=True, text=True, check=False
@@ -109,7 +112,7 @@ def test_a_cell_that_cannot_run_ends_in_a_message(tmp_path, flags, words):
     ],
 )
 def test_bits_that_cannot_be_given_are_refused(monkeypatch, capsys, flags, words):
-    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "allocate_bits.py"))
+    script = runpy.run_path(str(SCRIPTS / "allocate_bits.py"))
     monkeypatch.setattr(sys, "argv", ["allocate_bits.py", *flags])
     assert script["main"]() == 2
     assert words in capsys.readouterr().err
