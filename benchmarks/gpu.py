@@ -6,21 +6,24 @@
 
 Start it again and it goes on: what has finished is marked in RUNS and left out, and training resumes
 from its checkpoint. A command that fails or takes too long is ended with all it has started; the
-next one begins. Lines of JSON go to OUT, what commands say to RUNS. Needs torch beside jax.
+next one begins. Lines of JSON go to OUT (of a schedule, in `schedule.jsonl`, its report and the
+seconds of its phases), what commands say to RUNS. Needs torch beside jax.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import child_processes
-from provenance import REPOSITORY
+from provenance import REPOSITORY, provenance, report
 
 CASES = ("r20-200-gpu", "r18-16-gpu", "r18-64-gpu")
 """Of `joint_step.py`: ResNet-20, and ResNet-18 at 224 px with 16 and 64 images."""
@@ -37,11 +40,14 @@ class Run:
       name: of its mark and its log.
       seconds: after which it is ended.
       arguments: behind `python`.
+      workdir: of `lrq_jax.main`, whose report is a line of results; None for a benchmark, which
+        writes its own.
     """
 
     name: str
     seconds: int
     arguments: tuple[str, ...]
+    workdir: Path | None = None
 
 
 def runs(options: argparse.Namespace) -> list[Run]:
@@ -78,15 +84,25 @@ def _memory(rematerialize: str, precision: str, options: argparse.Namespace) -> 
 def _schedule(precision: str, options: argparse.Namespace) -> Run:
     """The 80,800 steps of LRQ's published schedule on ResNet-20: no config, the preset alone."""
     name = f"schedule-r20-{precision}"
+    workdir = options.runs / name / "run"
     arguments = [
-        "-m", "lrq_jax.main", f"--workdir={options.runs / name / 'run'}",
+        "-m", "lrq_jax.main", f"--workdir={workdir}",
         "--config.method.preset=lrq", f"--config.teacher.path={options.teacher}",
         f"--config.precision={precision}", "--config.log_every=200",
         "--config.checkpoint_every=4000", "--config.images_every=20000",
     ]  # fmt: skip
     if options.data:
         arguments.append(f"--config.data.path={options.data}")
-    return Run(name=name, seconds=2700, arguments=tuple(arguments))
+    return Run(name=name, seconds=2700, arguments=tuple(arguments), workdir=workdir)
+
+
+def of_schedule(workdir: Path) -> dict[str, Any]:
+    """What a finished schedule reports: seconds of each phase, accuracies, precision."""
+    found = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
+    kept = ("preset", "steps", "student", "teacher", "drop", "device", "versions", "wall_seconds")
+    return {name: found.get(name) for name in kept} | {
+        "precision": found["settings"]["resources"]["precision"]
+    }
 
 
 def perform(run: Run, folder: Path) -> str:
@@ -138,9 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() - start > 60 * options.minutes:
             how = "not started"
         else:
+            about = provenance()
             how = perform(run, options.runs / run.name)
         print(f"{run.name}: {how}", flush=True)
         if how == "finished":
+            if run.workdir:
+                report({**of_schedule(run.workdir), **about}, options.out / "schedule.jsonl")
             mark.touch()
         unfinished += how != "finished"
     return int(bool(unfinished))

@@ -180,15 +180,17 @@ def our_side(case: Case, exchange: Path) -> Side:
     return description, parts, lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
-def counted_flops(step: Callable[..., Any], *arguments: Any, platform: str) -> float:
+def counted_flops(step: Callable[..., Any], *arguments: Any, platform: str) -> float | None:
     """Floating-point operations of a step as it is written for the platform, before XLA optimises
-    it: what it puts into calls of cuDNN it no longer counts. Elementwise operations are in it."""
+    it: what it puts into calls of cuDNN it no longer counts. Elementwise operations are in it.
+    None where the backend counts nothing before it compiles, as plugins for GPUs do."""
     import jax
 
     from lrq_jax.ops.by_platform import tracing_for
 
     with tracing_for(platform):
-        return jax.jit(step).lower(*arguments).cost_analysis()["flops"]
+        counted = jax.jit(step).lower(*arguments).cost_analysis()
+    return counted["flops"] if counted else None
 
 
 def calibrated(state: Any, teacher: Any, images: Any) -> Any:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -167,6 +168,13 @@ def test_operations_are_counted_in_the_program_as_it_is_written(benchmark_module
     count = benchmark_module("joint_worker").counted_flops
     x = jnp.ones((3, 5))
     assert count(lambda x: x @ x.T, x, platform="cpu") == 2 * 3 * 5 * 3
+
+
+def test_where_no_operations_are_counted_there_is_no_number(benchmark_module, monkeypatch):
+    """As with jax's plugins for GPUs, which cannot count before they compile."""
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
+    count = benchmark_module("joint_worker").counted_flops
+    assert count(lambda x: x @ x.T, jnp.ones((3, 5)), platform="cpu") is None
 
 
 WORKER = """
@@ -547,6 +555,22 @@ def test_the_gpu_script_goes_on_where_it_stopped(benchmark_module, monkeypatch, 
     assert gpu.main([f"--runs={tmp_path / 'runs'}"]) == 0
     assert capsys.readouterr().out.splitlines() == ["bad: finished", "slow: finished"]
     assert counted.read_text() == "x"
+
+
+def test_a_finished_schedule_is_a_line_of_results(
+    benchmark_module, monkeypatch, tmp_path, tiny_run
+):
+    gpu, workdir = benchmark_module("gpu"), tiny_run[0].path
+    run = gpu.Run(name="done", seconds=60, arguments=("-S", "-c", "pass"), workdir=workdir)
+    monkeypatch.setattr(gpu, "runs", lambda options: [run])
+    monkeypatch.setattr(gpu.child_processes, "leave_on_sigterm", lambda: None)
+    for _ in range(2):  # the second finds it done
+        assert gpu.main([f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]) == 0
+    (line,) = (tmp_path / "out" / "schedule.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    assert (entry["preset"], entry["steps"], entry["precision"]) == ("lrq", 2, "float32")
+    assert entry["wall_seconds"]["training"] >= 0
+    assert {"machine", "date", "commit", "drop"} <= entry.keys()
 
 
 def test_a_command_is_ended_with_what_it_started(benchmark_module, tmp_path):

@@ -311,6 +311,38 @@ def test_several_steps_a_dispatch_log_and_save_what_single_ones_do(teacher, tmp_
             assert line[name] == pytest.approx(mean, rel=1e-4), name
 
 
+def test_losses_are_read_while_the_next_steps_run(teacher, tmp_path, monkeypatch):
+    """Only a checkpoint and the end of a phase wait for the steps just dispatched."""
+    events = []
+    compiled, logged = TrainingLoop._compile, TrainingLoop._log
+
+    def compile_and_note(self, *arguments):
+        program = compiled(self, *arguments)
+
+        def call(*arguments):
+            events.append("dispatch")
+            return program(*arguments)
+
+        return call
+
+    def log(self, phase, done, *arguments):
+        events.append(done)
+        return logged(self, phase, done, *arguments)
+
+    monkeypatch.setattr(TrainingLoop, "_compile", compile_and_note)
+    monkeypatch.setattr(TrainingLoop, "_log", log)
+    settings = dataclasses.replace(
+        tiny_settings(**NO_WARM_UP, steps=7), log_every=1, checkpoint_every=4
+    )
+    job = prepare(teacher, settings, None, tmp_path / "run")
+    TrainingLoop(job.spec, teacher, settings, job.run).run()
+    calibration = ["dispatch", "dispatch", 1, 2]
+    training = "dispatch dispatch 3 4 dispatch dispatch 5 dispatch 6 dispatch 7 8 dispatch 9"
+    assert events == calibration + [int(e) if e.isdigit() else e for e in training.split()]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
+
+
 @pytest.fixture
 def compiled_between_steps(monkeypatch):
     """By the step's name, the programs compiled from the first call of a phase to its last, with all

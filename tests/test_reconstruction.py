@@ -21,7 +21,7 @@ from lrq_jax.passes import (
     frozen_logits,
     student_forward,
 )
-from lrq_jax.passes.blocks import block_forward, blocks_of, canonical
+from lrq_jax.passes.blocks import block_forward, blocks_of, canonical, fake_quantized
 from lrq_jax.passes.kernels import kernel_parameters
 from lrq_jax.presets import preset
 from lrq_jax.quantizers import adaround
@@ -356,6 +356,51 @@ def test_the_loss_is_the_mean_over_pixels_of_the_error_and_of_choices_not_made(r
         late, channels * 0.25 + 1e-3 * metrics["reconstruction/undecided"], rtol=0.01
     )
     assert metrics["reconstruction/undecided"] > 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_each_value_of_each_tensor_is_left_unquantized_by_chance(rebuilt, monkeypatch, share):
+    """QDrop (arXiv 2203.05740, equation 6) on the block's input and on every tensor in it."""
+    student, before, _, x = rebuilt
+    block = blocks_of(student)[0]
+    spec = spec_of(student, reconstruction_drop=share)
+    state = reconstruction.initial_block(spec, block, before, jax.random.key(0))
+    parameters = reconstruction._made_parameters(block, before)
+    seen = []
+
+    def watched(block, variables, kernels, image, finish):
+        def left(operation, value):
+            mixed = finish(operation, value)
+            bits = operation.output_bits
+            if bits:
+                coarse = fake_quantized(value, parameters[operation.output], bits)
+                seen.append((mixed, value, coarse))
+            return mixed
+
+        seen.append((image, jnp.ones_like(x), jnp.zeros_like(x)))
+        return block_forward(block, variables, kernels, image, left)
+
+    monkeypatch.setattr(reconstruction, "block_forward", watched)
+    images = reconstruction.BlockImages(
+        jnp.zeros_like(x), jnp.ones_like(x), block_forward(block, before, {}, x)
+    )
+    masks = []
+    for key in (0, 1):
+        reconstruction.reconstruction_loss(
+            state.trainable, before, images, jax.random.key(key), jnp.int32(0),
+            spec=student.spec, block=block, method=spec.method,
+        )  # fmt: skip
+    for mixed, exact, coarse in seen:
+        dropped = np.asarray((mixed == exact) & (exact != coarse))
+        np.testing.assert_allclose(mixed, np.where(dropped, exact, coarse), atol=1e-6)
+        of_interest = np.asarray(exact != coarse)
+        spread = np.sqrt(share * (1 - share) / of_interest.sum())
+        assert abs(dropped.sum() / of_interest.sum() - share) <= 4 * spread
+        masks.append(dropped)
+    assert len(masks) == 2 * (1 + sum(bool(op.output_bits) for op in block.operations))
+    half = len(masks) // 2
+    if share:  # anew for each batch
+        assert all((a != b).any() for a, b in zip(masks[:half], masks[half:], strict=True))
 
 
 def test_a_state_has_its_structure_before_reconstruction(rebuilt):

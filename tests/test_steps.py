@@ -19,6 +19,7 @@ from lrq_jax.passes import QuantSpec, calibrate, float_forward, freeze, student_
 from lrq_jax.passes.kernels import coarse_kernel, kernel_steps, lineage_kernel
 from lrq_jax.quantize import step_spec
 from lrq_jax.readers import Teacher
+from lrq_jax.resources import Resources
 from lrq_jax.sharding import data_mesh
 from lrq_jax.training import steps
 from lrq_jax.training.comparison import Compared, aligned_blocks, lesson_of
@@ -638,6 +639,22 @@ def test_the_compiled_step_refuses_other_shapes_instead_of_recompiling():
     assert not [event for event in compilations if "compile" in event]
     with pytest.raises((TypeError, ValueError)):
         program(state._replace(step=jax.numpy.zeros((2,), jax.numpy.int32)), variables)
+
+
+def test_a_program_takes_its_state_and_the_precision_of_its_settings():
+    mesh = data_mesh(1)
+    spec = step_spec(TEACHER, tiny_settings(), mesh)
+    spec = dataclasses.replace(spec, resources=Resources(precision="tf32"))
+    asked = []
+
+    def step(state, spec):
+        asked.append(jax.config.jax_default_matmul_precision)
+        return state + 1, {}
+
+    state = put_replicated(np.zeros(3), mesh)
+    compile_step(step, state, mesh=mesh, spec=spec)(state)
+    assert asked == [spec.resources.matmul_precision] != ["highest"]
+    assert state.is_deleted()  # donated: no second copy of parameters and moments
 
 
 def test_several_steps_a_dispatch_equal_single_ones():

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from lrq_jax.ops.by_platform import tracing_for
 from lrq_jax.sharding import replicated
+from lrq_jax.training.spec import StepSpec
 
 StepFunction = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
@@ -32,24 +33,26 @@ def iterations_per_call(iterations: int, most: int) -> int:
     return max(count for count in range(1, most + 1) if iterations % count == 0)
 
 
-def compile_step(step: StepFunction, state: Any, *arguments: Any, mesh: Mesh, count: int = 1,
-                 **static: Any) -> Callable[..., Any]:  # fmt: skip
-    """Compiles `count` consecutive steps into one program, ahead of time.
+def compile_step(step: StepFunction, state: Any, *arguments: Any, mesh: Mesh, spec: StepSpec,
+                 count: int = 1, **static: Any) -> Callable[..., Any]:  # fmt: skip
+    """Compiles `count` consecutive steps into one program, ahead of time, with float32 products of
+    the precision that the spec's resources name.
 
     The state is donated and replicated over the mesh, as are the arguments. The result accepts
     these shapes only: it cannot recompile.
 
     Args:
-      step: `(state, *arguments, **static) -> (state, metrics)`.
+      step: `(state, *arguments, spec=spec, **static) -> (state, metrics)`.
       state, arguments: arrays (or their shapes) the program will be called with.
       mesh: devices.
+      spec: static description of the step.
       count: steps a call; more than one run in a `lax.scan`.
       **static: passed through, closed over.
 
     Returns:
       `(state, *arguments) -> (state, metrics)`, each metric stacked to `[count]`.
     """
-    bound = functools.partial(step, **static)
+    bound = functools.partial(step, spec=spec, **static)
 
     def program(state: Any, *arguments: Any) -> Any:
         if count == 1:
@@ -60,7 +63,8 @@ def compile_step(step: StepFunction, state: Any, *arguments: Any, mesh: Mesh, co
     program.__name__ = step.__name__  # what profiles and jax's events call it
     sharding = replicated(mesh)
     jitted = jax.jit(program, donate_argnums=0, in_shardings=sharding, out_shardings=sharding)
-    with tracing_for(mesh.devices.flat[0].platform):
+    precision = jax.default_matmul_precision(spec.resources.matmul_precision)
+    with tracing_for(mesh.devices.flat[0].platform), precision:
         return jitted.lower(state, *arguments).compile()
 
 

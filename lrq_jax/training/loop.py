@@ -142,20 +142,30 @@ class TrainingLoop:
             count: self._compile(phase, state, arguments, count) for count in dict.fromkeys(counts)
         }
         pending: list[dict[str, jax.Array]] = []
+        held: tuple[int, list[dict[str, jax.Array]]] | None = None  # to be logged: step, metrics
         clock = time.monotonic()
         with Progress(
             phase.name, start=start - phase.start, stop=phase.stop - phase.start
         ) as progress:
+
+            def log(until: int, metrics: list[dict[str, jax.Array]]) -> None:
+                losses = self._log(phase, until, metrics, checkpoints)
+                progress.update(until - phase.start, losses)
+
             for count in counts:
                 with jax.transfer_guard("disallow"):
                     state, metrics = programs[count](state, *arguments)
                 pending.append(metrics)
                 before, done = done, done + count
                 due = _due(before, done, phase.stop)
+                if held:  # waits for the steps before those just dispatched: no device idles
+                    log(*held)
+                    held = None
                 if due(self._settings.log_every) or due(self._settings.checkpoint_every):
-                    losses = self._log(phase, done, pending, checkpoints)
-                    pending = []
-                    progress.update(done - phase.start, losses)
+                    held, pending = (done, pending), []
+                if held and due(self._settings.checkpoint_every):  # or the phase ends
+                    log(*held)
+                    held = None
                 if due(self._settings.images_every) and done < phase.stop:
                     self._write_images(state)
                 if due(self._settings.checkpoint_every):
