@@ -81,7 +81,7 @@ def run(line, cwd, *, quick=True):
             if not any(word.startswith(f"--config.{name}=") for word in words)
         ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu",
-                   "LRQ_CACHE": str(cwd / "cache")}  # fmt: skip
+                   "LRQ_CACHE": str(cwd.parent / "cache")}  # fmt: skip  # of all, as a person's
     environment.pop("XLA_FLAGS", None)  # one device, as on a person's computer
     if "distributed" in line:
         environment |= alone()
