@@ -20,7 +20,7 @@ from lrq_jax import api
 from lrq_jax.readers import save_teacher
 from lrq_jax.writers.codes import load_student
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -467,6 +467,8 @@ def test_time_to_accuracy_reads_what_a_run_reports(benchmark_module, tmp_path, c
     ]
     monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", *words])
     monkeypatch.setattr(module.child_processes, "leave_on_sigterm", lambda: None)
+    monkeypatch.delenv("XLA_FLAGS")  # one device, as on a person's computer
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     module.main()
     line = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out) == line

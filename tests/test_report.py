@@ -25,7 +25,7 @@ from lrq_jax.report import layer_rows, measure, plots
 from lrq_jax.report.page import lookup, write_page
 from lrq_jax.writers.codes import frozen_from_codes, load_student, student_codes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
