@@ -100,7 +100,7 @@ def of_schedule(workdir: Path) -> dict[str, Any]:
     """What a finished schedule reports: seconds of each phase, accuracies, precision."""
     found = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
     kept = ("preset", "steps", "student", "teacher", "drop", "device", "versions", "wall_seconds")
-    return {name: found.get(name) for name in kept} | {
+    return {name: found[name] for name in kept} | {
         "precision": found["settings"]["resources"]["precision"]
     }
 

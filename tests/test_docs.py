@@ -151,7 +151,7 @@ def test_flags_of_benchmarks_and_experiments_exist(line, monkeypatch):
     monkeypatch.syspath_prepend((REPOSITORY / script).parent)  # as when it is started
     parser = runpy.run_path(str(REPOSITORY / script))["_parser"]()
     if flags:  # else the script is named only
-        parser.parse_args([flag for flag in flags if flag != "[...]"])
+        assert vars(parser.parse_args([flag for flag in flags if flag != "[...]"]))
 
 
 def test_the_benchmarks_own_usage_is_among_what_is_parsed():

@@ -71,7 +71,10 @@ def alone():
 
 
 def run(line, cwd, *, quick=True):
-    """Runs a documented line with this Python and returns its output; it must end well."""
+    """Runs a documented line with this Python and returns its output; it must end well.
+
+    All lines share one cache of compiled programs, as a person's do.
+    """
     words = shlex.split(line)
     assert words[0] == "python"
     if words[1:3] == ["-m", "lrq_jax.main"]:
@@ -81,7 +84,7 @@ def run(line, cwd, *, quick=True):
             if not any(word.startswith(f"--config.{name}=") for word in words)
         ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu",
-                   "LRQ_CACHE": str(cwd.parent / "cache")}  # fmt: skip  # of all, as a person's
+                   "LRQ_CACHE": str(cwd.parent / "cache")}  # fmt: skip
     environment.pop("XLA_FLAGS", None)  # one device, as on a person's computer
     if "distributed" in line:
         environment |= alone()

@@ -360,7 +360,7 @@ def test_the_loss_is_the_mean_over_pixels_of_the_error_and_of_choices_not_made(r
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_each_value_of_each_tensor_is_left_unquantized_by_chance(rebuilt, monkeypatch, share):
-    """QDrop (arXiv 2203.05740, equation 6) on the block's input and on every tensor in it."""
+    """QDrop (arXiv 2203.05740) on the block's input and on every tensor in it."""
     student, before, _, x = rebuilt
     block = blocks_of(student)[0]
     spec = spec_of(student, reconstruction_drop=share)
